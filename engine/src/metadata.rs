@@ -1,0 +1,207 @@
+//! The metadata of the engine: what containers, images, blobs, snapshots, leases and namespaces there are.
+//!
+//! This is the one place that opens the database. One sled tree holds everything:
+//!
+//! ```text
+//! key    TABLE 0x00 part [ 0x00 part ... ]     part: UTF-8 without 0x00, e.g. "containers" "default" "web"
+//! value  a protobuf message, the table's `Record`
+//! key    "schema"                              value: the version as a little-endian u32
+//! ```
+//!
+//! ```text
+//!  commit(closure) --> queue --> writer thread: run the queued closures, one after the other, each on the state that
+//!                                the one before it left; one sled::Batch of all; flush + sync_data; publish the new
+//!                                view; answer every caller
+//!  view()          --> the last published state: an immutable ordered map, shared by pointer
+//! ```
+//!
+//! Invariants: what `commit` answered is on disk. A closure that fails leaves no trace. A view is one consistent state
+//! between commits, never one that is not yet on disk, and taking it or reading it waits for nobody.
+
+mod archive;
+mod db;
+pub mod leases;
+pub mod namespaces;
+
+use std::ops::Bound;
+use std::path::Path;
+use std::sync::Arc;
+
+pub use db::{Metadata, OpenError};
+
+use crate::error::{Error, Result};
+
+/// The version of the schema that this engine writes; see [`MIGRATIONS`].
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// One step from version N (its index, counted from 1) to N + 1, run once at open, in one commit.
+type Migration = fn(&mut Transaction) -> Result<()>;
+const MIGRATIONS: &[Migration] = &[];
+
+type Map = imbl::OrdMap<Arc<[u8]>, Arc<[u8]>>;
+
+/// A resource that is kept in the database: a protobuf message under a table's name.
+pub trait Record: prost::Message + Default {
+    /// The first part of the key of every record of this kind.
+    const TABLE: &'static str;
+    /// Whether the part after the table is a namespace, which comes to be with its first record.
+    const NAMESPACED: bool = true;
+}
+
+/// Reading, the same for a [`View`] and for a [`Transaction`].
+pub trait Read {
+    #[doc(hidden)]
+    fn map(&self) -> &Map;
+
+    /// One record; DataLoss when what is stored cannot be decoded.
+    fn get<R: Record>(&self, parts: &[&str]) -> Result<Option<R>> {
+        let key = encode_key(R::TABLE, parts)?;
+        self.map().get(&key[..]).map(|value| decode(&key, value)).transpose()
+    }
+
+    /// Whether there is such a record.
+    fn has<R: Record>(&self, parts: &[&str]) -> Result<bool> {
+        Ok(self.map().contains_key(&encode_key(R::TABLE, parts)?[..]))
+    }
+
+    /// Every record whose key begins with these parts, in order of the keys, each with its remaining parts.
+    /// A record that cannot be decoded is logged and left out: one bad record never hides the rest.
+    fn list<R: Record>(&self, leading: &[&str]) -> Vec<(Vec<String>, R)> {
+        let Ok(mut prefix) = encode_key(R::TABLE, leading) else { return Vec::new() };
+        prefix.push(0);
+        let mut records = Vec::new();
+        for (key, value) in self.map().range::<_, [u8]>(from(&prefix)) {
+            let Some(rest) = key.strip_prefix(&prefix[..]) else { break };
+            match decode(key, value) {
+                Ok(record) => {
+                    let parts = rest.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned());
+                    records.push((parts.collect(), record));
+                }
+                Err(error) => tracing::error!(%error, "a metadata record is set aside"),
+            }
+        }
+        records
+    }
+
+    /// Whether any record's key begins with these parts.
+    fn any<R: Record>(&self, leading: &[&str]) -> bool {
+        let Ok(mut prefix) = encode_key(R::TABLE, leading) else { return false };
+        prefix.push(0);
+        self.map().range::<_, [u8]>(from(&prefix)).next().is_some_and(|(key, _)| key.starts_with(&prefix))
+    }
+}
+
+/// One consistent, durable state of all metadata. Cheap to take and to clone; it holds its state alive.
+#[derive(Clone)]
+pub struct View(Map);
+
+impl Read for View {
+    fn map(&self) -> &Map {
+        &self.0
+    }
+}
+
+/// The state as a commit's closure sees it: what is committed, plus what this closure has written so far.
+pub struct Transaction {
+    map: Map,
+    writes: Vec<(Arc<[u8]>, Option<Arc<[u8]>>)>,
+}
+
+impl Read for Transaction {
+    fn map(&self) -> &Map {
+        &self.map
+    }
+}
+
+impl Transaction {
+    fn new(map: Map) -> Self {
+        Transaction { map, writes: Vec::new() }
+    }
+
+    /// Writes a record, new or in the place of the one with this key.
+    pub fn put<R: Record>(&mut self, parts: &[&str], record: &R) -> Result<()> {
+        let key = encode_key(R::TABLE, parts)?;
+        if R::NAMESPACED && let Some(namespace) = parts.first() {
+            namespaces::ensure(self, namespace)?;
+        }
+        self.put_raw(&key, &record.encode_to_vec());
+        Ok(())
+    }
+
+    /// Deletes a record; whether there was one.
+    pub fn delete<R: Record>(&mut self, parts: &[&str]) -> Result<bool> {
+        let key: Arc<[u8]> = encode_key(R::TABLE, parts)?.into();
+        let existed = self.map.remove(&key).is_some();
+        if existed {
+            self.writes.push((key, None));
+        }
+        Ok(existed)
+    }
+
+    /// Deletes every record of a table whose key begins with these parts.
+    pub fn delete_all<R: Record>(&mut self, leading: &[&str]) -> Result<()> {
+        let mut prefix = encode_key(R::TABLE, leading)?;
+        prefix.push(0);
+        let keys: Vec<_> = self
+            .map
+            .range(from(&prefix))
+            .map(|(key, _)| key.clone())
+            .take_while(|key| key.starts_with(&prefix))
+            .collect();
+        for key in keys {
+            self.map.remove(&key);
+            self.writes.push((key, None));
+        }
+        Ok(())
+    }
+
+    fn put_raw(&mut self, key: &[u8], value: &[u8]) {
+        let key: Arc<[u8]> = key.into();
+        let value: Arc<[u8]> = value.into();
+        self.map.insert(key.clone(), value.clone());
+        self.writes.push((key, Some(value)));
+    }
+}
+
+fn encode_key(table: &str, parts: &[&str]) -> Result<Vec<u8>> {
+    let mut key = Vec::with_capacity(table.len() + parts.iter().map(|part| part.len() + 1).sum::<usize>() + 1);
+    key.extend_from_slice(table.as_bytes());
+    for part in parts {
+        if part.as_bytes().contains(&0) {
+            return Err(Error::invalid_argument(format!("{part:?} holds a NUL byte, which no name may")));
+        }
+        key.push(0);
+        key.extend_from_slice(part.as_bytes());
+    }
+    Ok(key)
+}
+
+/// The range of keys from this one on.
+fn from(key: &[u8]) -> (Bound<&[u8]>, Bound<&[u8]>) {
+    (Bound::Included(key), Bound::Unbounded)
+}
+
+fn show_key(key: &[u8]) -> String {
+    String::from_utf8_lossy(key).replace('\0', "/")
+}
+
+fn decode<R: Record>(key: &[u8], value: &[u8]) -> Result<R> {
+    R::decode(value).map_err(|error| {
+        Error::data_loss(format!(
+            "metadata record {}: cannot be decoded: {error}; see `gantryd metadata export`",
+            show_key(key)
+        ))
+    })
+}
+
+/// Writes the whole database under `dir` to a plain file, one JSON object a line; the engine must be stopped.
+/// The number of records.
+pub fn export(dir: &Path, file: &mut dyn std::io::Write) -> anyhow::Result<u64> {
+    archive::export(dir, file)
+}
+
+/// Makes a new database under `dir` from such a file; refuses a folder that holds one, and a file cut short.
+/// The number of records.
+pub fn import(dir: &Path, file: &mut dyn std::io::BufRead) -> anyhow::Result<u64> {
+    archive::import(dir, file)
+}

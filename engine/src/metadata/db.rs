@@ -1,0 +1,359 @@
+//! The database file: opening it after anything, and the one thread that writes it.
+//!
+//! Three things sled 0.34 does not do by itself: its flush leaves the data in the disk's cache (so each flush is
+//! followed by `sync_data` on its log); a kill while it writes a snapshot of its page table leaves a
+//! `snap.*.generating` file that it then trips over (so those go before it opens, under our lock); and after a
+//! failed write it stays failed (so it is closed and opened again, which drops what was never acknowledged).
+
+use std::fs::{self, File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+
+use arc_swap::ArcSwap;
+use tokio::sync::oneshot;
+
+use super::{MIGRATIONS, Map, SCHEMA_VERSION, Transaction, View};
+use crate::error::{Error, Result};
+
+/// Key of the schema's version; it sorts apart from every table, since those keys go on with a NUL.
+pub(super) const SCHEMA_KEY: &[u8] = b"schema";
+/// Bytes of sled's page cache. Reads never come here, so the least that keeps writes quick is enough.
+const CACHE_BYTES: u64 = 16 << 20;
+/// The most closures that share one sync.
+const GROUP_MAX: usize = 256;
+
+/// Why a database could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process holds the lock.
+    #[error(
+        "metadata in {} is in use by another process; is gantryd running on this root already? stop it, or choose \
+         another folder with --root",
+        .0.display()
+    )]
+    InUse(PathBuf),
+    /// The database was written by a newer engine.
+    #[error(
+        "metadata in {} has schema version {found}, and this gantryd knows versions up to {SCHEMA_VERSION}; run the \
+         newer gantryd, or move to it by `gantryd metadata export`",
+        path.display()
+    )]
+    TooNew {
+        /// The database.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// The file system refused.
+    #[error("cannot {what} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// sled refused, or a migration failed.
+    #[error("cannot open the metadata in {}: {why}", path.display())]
+    Broken {
+        /// The database.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+}
+
+/// A handle on the database; all clones share one writer thread. When the last is dropped, the thread ends and the
+/// lock is given back.
+#[derive(Clone)]
+pub struct Metadata {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    published: Arc<ArcSwap<Map>>,
+    // Both are there until the drop, which closes the queue before it waits for the thread.
+    queue: Option<Sender<Job>>,
+    writer: Option<std::thread::JoinHandle<()>>,
+}
+
+/// One commit: runs the closure, and gives back how to answer its caller.
+type Job = Box<dyn FnOnce(&mut Transaction) -> Verdict + Send>;
+
+struct Verdict {
+    write: bool,
+    /// Called once the group is on disk (or is known not to be).
+    answer: Box<dyn FnOnce(Result<()>)>,
+}
+
+impl Metadata {
+    /// Opens, or makes, the database in the folder `dir`, and brings its schema up to date.
+    pub fn open(dir: &Path) -> std::result::Result<Self, OpenError> {
+        let disk = Disk::open(dir)?;
+        let published = Arc::new(ArcSwap::from_pointee(disk.load()?));
+        let (queue, jobs) = mpsc::channel();
+        let writer = Writer { dir: dir.to_owned(), disk: Some(disk), published: published.clone() };
+        let thread = std::thread::Builder::new()
+            .name("metadata".into())
+            .spawn(move || writer.run(&jobs))
+            .map_err(|source| OpenError::Io { what: "start the writer thread of", path: dir.to_owned(), source })?;
+        let metadata =
+            Metadata { shared: Arc::new(Shared { published, queue: Some(queue), writer: Some(thread) }) };
+        metadata.migrate(dir)?;
+        Ok(metadata)
+    }
+
+    /// The state after the last commit that is on disk.
+    pub fn view(&self) -> View {
+        View(Map::clone(&self.shared.published.load()))
+    }
+
+    /// Runs the closure on the newest state, on the writer thread, and returns once what it wrote is on disk. When it
+    /// fails, nothing that it wrote stays. It must not block: everybody's commits wait behind it.
+    pub async fn commit<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&mut Transaction) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.submit(change).await.unwrap_or_else(|_| Err(writer_gone()))
+    }
+
+    /// The same for a caller that is not on the reactor.
+    pub fn commit_blocking<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&mut Transaction) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.submit(change).blocking_recv().unwrap_or_else(|_| Err(writer_gone()))
+    }
+
+    fn submit<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&mut Transaction) -> Result<T> + Send + 'static,
+    ) -> oneshot::Receiver<Result<T>> {
+        let (sender, receiver) = oneshot::channel();
+        let job: Job = Box::new(move |transaction| match change(transaction) {
+            Ok(value) => Verdict {
+                write: true,
+                answer: Box::new(move |durable| {
+                    let _ = sender.send(durable.map(|()| value));
+                }),
+            },
+            Err(error) => Verdict {
+                write: false,
+                answer: Box::new(move |_| {
+                    let _ = sender.send(Err(error));
+                }),
+            },
+        });
+        if let Some(queue) = &self.shared.queue {
+            // A failed send drops the job and with it the sender: the receiver then says so.
+            let _ = queue.send(job);
+        }
+        receiver
+    }
+
+    fn migrate(&self, dir: &Path) -> std::result::Result<(), OpenError> {
+        let found = self.view().0.get(SCHEMA_KEY).map(|value| schema_version(value));
+        let broken = |why: String| OpenError::Broken { path: dir.to_owned(), why };
+        let start = match found {
+            Some(None) => return Err(broken("the schema's version is not a number of 4 bytes".into())),
+            Some(Some(found)) if found > SCHEMA_VERSION => {
+                return Err(OpenError::TooNew { path: dir.to_owned(), found });
+            }
+            Some(Some(SCHEMA_VERSION)) => return Ok(()),
+            Some(Some(found)) => found,
+            None => SCHEMA_VERSION,
+        };
+        self.commit_blocking(move |transaction| {
+            for step in &MIGRATIONS[(start.max(1) - 1) as usize..] {
+                step(transaction)?;
+            }
+            transaction.put_raw(SCHEMA_KEY, &SCHEMA_VERSION.to_le_bytes());
+            Ok(())
+        })
+        .map_err(|error| broken(error.to_string()))
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.queue = None;
+        if let Some(writer) = self.writer.take() {
+            // Never from the writer itself: it owns no handle.
+            let _ = writer.join();
+        }
+    }
+}
+
+pub(super) fn schema_version(value: &[u8]) -> Option<u32> {
+    value.try_into().ok().map(u32::from_le_bytes)
+}
+
+fn writer_gone() -> Error {
+    Error::unavailable("a metadata commit got no answer: the engine is stopping, or its log names a defect")
+}
+
+/// The writer thread's state.
+struct Writer {
+    dir: PathBuf,
+    /// None after a failed write, until it could be opened again.
+    disk: Option<Disk>,
+    published: Arc<ArcSwap<Map>>,
+}
+
+impl Writer {
+    fn run(mut self, jobs: &Receiver<Job>) {
+        while let Ok(first) = jobs.recv() {
+            if let Err(error) = self.ensure_open() {
+                self.refuse(first, &error);
+                continue;
+            }
+            self.group(first, jobs);
+        }
+    }
+
+    /// Runs what is queued, writes all of it as one batch, and answers.
+    fn group(&mut self, first: Job, jobs: &Receiver<Job>) {
+        let mut map = Map::clone(&self.published.load());
+        let mut batch = sled::Batch::default();
+        let mut answers = Vec::new();
+        let mut wrote = false;
+        let mut next = Some(first);
+        while let Some(job) = next.take() {
+            let mut transaction = Transaction::new(map.clone());
+            // A panic in a closure is that caller's defect (it sees its sender dropped), not the others' loss.
+            match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&mut transaction))) {
+                Ok(verdict) if verdict.write => {
+                    wrote |= !transaction.writes.is_empty();
+                    for (key, value) in transaction.writes {
+                        match value {
+                            Some(value) => batch.insert(&key[..], &value[..]),
+                            None => batch.remove(&key[..]),
+                        }
+                    }
+                    map = transaction.map;
+                    answers.push(verdict.answer);
+                }
+                Ok(verdict) => (verdict.answer)(Ok(())),
+                Err(_) => tracing::error!("a metadata commit panicked and was left out"),
+            }
+            if answers.len() < GROUP_MAX {
+                next = jobs.try_recv().ok();
+            }
+        }
+        let durable = if wrote { self.write(batch) } else { Ok(()) };
+        if durable.is_ok() && wrote {
+            self.published.store(Arc::new(map));
+        }
+        for answer in answers {
+            answer(durable.clone());
+        }
+    }
+
+    fn write(&mut self, batch: sled::Batch) -> Result<()> {
+        let Some(disk) = &self.disk else { return Err(writer_gone()) };
+        disk.apply(batch).map_err(|error| {
+            let why = Error::io("write the metadata in", &self.dir, &error);
+            tracing::error!(error = %why, "a metadata commit failed; the database is opened anew");
+            self.disk = None;
+            why
+        })
+    }
+
+    fn ensure_open(&mut self) -> Result<()> {
+        if self.disk.is_some() {
+            return Ok(());
+        }
+        let disk = Disk::open(&self.dir).map_err(|error| Error::unavailable(error.to_string()))?;
+        // What is on disk is the truth: a batch whose sync failed may be there or not, but whole in either case.
+        self.published.store(Arc::new(disk.load().map_err(|error| Error::unavailable(error.to_string()))?));
+        self.disk = Some(disk);
+        Ok(())
+    }
+
+    /// Answers a job with the reason why nothing can be written, without keeping what it would have written.
+    fn refuse(&self, job: Job, error: &Error) {
+        let mut transaction = Transaction::new(Map::clone(&self.published.load()));
+        if let Ok(verdict) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&mut transaction))) {
+            (verdict.answer)(Err(error.clone()));
+        }
+    }
+}
+
+/// sled, with what it lacks.
+pub(super) struct Disk {
+    db: sled::Db,
+    log: File,
+    dir: PathBuf,
+    // Declared last, so that it is given back after sled has closed.
+    _lock: File,
+}
+
+impl Disk {
+    pub(super) fn open(dir: &Path) -> std::result::Result<Self, OpenError> {
+        let io = |what: &'static str, path: &Path| {
+            let path = path.to_owned();
+            move |source| OpenError::Io { what, path, source }
+        };
+        fs::create_dir_all(dir).map_err(io("create the folder", dir))?;
+        let lock_path = dir.join("lock");
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path)
+            .map_err(io("open", &lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => return Err(OpenError::InUse(dir.to_owned())),
+            Err(fs::TryLockError::Error(source)) => return Err(io("lock", &lock_path)(source)),
+        }
+        let path = dir.join("sled");
+        for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with("snap.") && name.ends_with(".generating") {
+                tracing::warn!(file = %entry.path().display(), "removed a half-written file of an earlier crash");
+                fs::remove_file(entry.path()).map_err(io("remove", &entry.path()))?;
+            }
+        }
+        let broken = |error: sled::Error| OpenError::Broken { path: path.clone(), why: error.to_string() };
+        let db = sled::Config::default()
+            .path(&path)
+            .cache_capacity(CACHE_BYTES)
+            .flush_every_ms(None)
+            .open()
+            .map_err(broken)?;
+        let log_path = path.join("db");
+        let log = File::open(&log_path).map_err(io("open", &log_path))?;
+        let disk = Disk { db, log, dir: dir.to_owned(), _lock: lock };
+        // Once, so that the names of new files survive a power cut: sled's folder, ours, and our name in the parent.
+        disk.db.flush().map_err(broken)?;
+        disk.log.sync_all().map_err(io("sync", &log_path))?;
+        for folder in [Some(path.as_path()), Some(dir), dir.parent()].into_iter().flatten() {
+            File::open(folder).and_then(|folder| folder.sync_all()).map_err(io("sync the folder", folder))?;
+        }
+        Ok(disk)
+    }
+
+    pub(super) fn load(&self) -> std::result::Result<Map, OpenError> {
+        let mut map = Map::new();
+        for entry in self.db.iter() {
+            let (key, value) =
+                entry.map_err(|error| OpenError::Broken { path: self.dir.clone(), why: error.to_string() })?;
+            map.insert(Arc::from(&key[..]), Arc::from(&value[..]));
+        }
+        Ok(map)
+    }
+
+    pub(super) fn apply(&self, batch: sled::Batch) -> std::io::Result<()> {
+        let to_io = |error: sled::Error| match error {
+            sled::Error::Io(error) => error,
+            other => std::io::Error::other(other.to_string()),
+        };
+        self.db.apply_batch(batch).map_err(to_io)?;
+        self.db.flush().map_err(to_io)?;
+        self.log.sync_data()
+    }
+}
