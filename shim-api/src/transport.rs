@@ -1,0 +1,298 @@
+//! ttrpc with prost payloads: one way to call a method, one way to serve one, for every service of this crate.
+//!
+//! What the `ttrpc` crate does: framing (4 MiB at most), matching answers to requests, many calls at once on a
+//! connection. What is added here:
+//! - a connection whose end can be waited for;
+//! - handlers run in tasks of their own, because the crate drops a handler when its caller disconnects, and a
+//!   half-done create or exec must not be left behind. A handler that only waits may say so and is then dropped;
+//! - a handler that panics answers Internal instead of never;
+//! - an accept loop that pauses when the process is out of descriptors instead of spinning.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use prost::Message;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use ttrpc::r#async::transport::{Listener, Socket};
+use ttrpc::r#async::{MethodHandler, TtrpcContext};
+use ttrpc::{Request, Response};
+
+use crate::{Error, Result};
+
+/// The ttrpc header that carries the namespace.
+pub const NAMESPACE_HEADER: &str = "containerd-namespace-ttrpc";
+
+/// How long to wait for a Unix socket to take a connection; its listener may be alive but stuck.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// The path in an address of the form `unix:///path`, `ttrpc+unix:///path` or a bare absolute path.
+///
+/// # Errors
+/// InvalidArgument for anything else; abstract sockets (`unix://@name`, `\0name`) are refused, as any process of
+/// the same network namespace could connect to one (CVE-2020-15257).
+pub fn socket_path(address: &str) -> Result<&Path> {
+    let rest = address.strip_prefix("ttrpc+").unwrap_or(address);
+    let path = rest.strip_prefix("unix://").unwrap_or(rest);
+    if path.starts_with('/') && !path.contains('\0') {
+        return Ok(Path::new(path));
+    }
+    Err(Error::invalid_argument(format!(
+        "socket address {address:?} is not usable: expected unix:///absolute/path"
+    )))
+}
+
+/// A ttrpc connection to a peer; clones share it.
+#[derive(Clone)]
+pub struct Connection {
+    client: ttrpc::r#async::Client,
+    ended: watch::Receiver<()>,
+    namespace: Option<Arc<str>>,
+}
+
+impl Connection {
+    /// Connects to a Unix socket address (see [`socket_path`]).
+    ///
+    /// # Errors
+    /// Unavailable when nobody listens there, DeadlineExceeded when the peer does not accept within 10 s.
+    pub async fn connect(address: &str) -> Result<Self> {
+        let path = socket_path(address)?;
+        let stream = tokio::time::timeout(CONNECT_LIMIT, UnixStream::connect(path))
+            .await
+            .map_err(|_| Error::deadline_exceeded(format!("connect to {address}: not accepted within 10 s")))?
+            .map_err(|error| Error::unavailable(format!("connect to {address}: {error}")))?;
+        Ok(Self::over(stream))
+    }
+
+    /// Speaks over a stream that is connected already.
+    #[must_use]
+    pub fn over(stream: UnixStream) -> Self {
+        let (alive, ended) = watch::channel(());
+        let socket = Socket::new(WatchedStream { stream, _alive: alive });
+        Self { client: ttrpc::r#async::Client::new(socket), ended, namespace: None }
+    }
+
+    /// The same connection, whose calls carry this namespace in their metadata.
+    #[must_use]
+    pub fn with_namespace(mut self, namespace: &str) -> Self {
+        self.namespace = Some(namespace.into());
+        self
+    }
+
+    /// Resolves when the connection has ended, whoever ended it.
+    pub async fn closed(&self) {
+        let mut ended = self.ended.clone();
+        // Nothing is ever sent: the only change is that the stream, and with it the sender, was dropped.
+        while ended.changed().await.is_ok() {}
+    }
+
+    /// Calls a method and decodes its answer. Without a limit it waits as long as the connection lives.
+    ///
+    /// # Errors
+    /// The peer's status; Closed when the connection ended first; DeadlineExceeded after `limit`.
+    pub async fn call<Q: Message, A: Message + Default>(
+        &self,
+        service: &str,
+        method: &str,
+        request: &Q,
+        limit: Option<Duration>,
+    ) -> Result<A> {
+        let mut envelope = Request::new();
+        envelope.service = service.to_owned();
+        envelope.method = method.to_owned();
+        envelope.payload = request.encode_to_vec();
+        if let Some(namespace) = &self.namespace {
+            let mut pair = ttrpc::proto::KeyValue::new();
+            pair.key = NAMESPACE_HEADER.to_owned();
+            pair.value = namespace.to_string();
+            envelope.metadata.push(pair);
+        }
+        if envelope.payload.len() > ttrpc::proto::MESSAGE_LENGTH_MAX - 4096 {
+            return Err(Error::resource_exhausted(format!(
+                "call {service}/{method}: the request of {} bytes exceeds ttrpc's limit of 4 MiB",
+                envelope.payload.len()
+            )));
+        }
+        // The deadline stays on this side: the crate would pass it on, and a Go shim kills a running runc when
+        // its time is up, which leaves half a container.
+        let answer = match limit {
+            Some(limit) => tokio::time::timeout(limit, self.request(envelope)).await.map_err(|_| {
+                Error::deadline_exceeded(format!("call {service}/{method}: no answer within {limit:?}"))
+            })?,
+            None => self.request(envelope).await,
+        };
+        let answer = answer?;
+        A::decode(answer.payload.as_slice()).map_err(|error| {
+            Error::internal(format!("call {service}/{method}: the answer cannot be decoded: {error}"))
+        })
+    }
+
+    async fn request(&self, envelope: Request) -> Result<Response> {
+        self.client.request(envelope).await.map_err(|error| match error {
+            // The crate's word for "my channel to the connection's task is gone".
+            ttrpc::Error::Others(message) if self.ended.has_changed().is_err() => Error::closed(message),
+            other => other.into(),
+        })
+    }
+}
+
+/// A stream that lets others know when it was dropped, which the ttrpc crate does when a connection ends.
+struct WatchedStream {
+    stream: UnixStream,
+    _alive: watch::Sender<()>,
+}
+
+impl AsyncRead for WatchedStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for WatchedStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// What becomes of a handler whose caller hangs up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnHangUp {
+    /// It runs to its end.
+    Finish,
+    /// It is dropped: it only waits and changes nothing.
+    Drop,
+}
+
+/// The methods of one or more services, ready to be served.
+#[derive(Default)]
+pub struct Services {
+    by_name: HashMap<String, HashMap<String, Box<dyn MethodHandler + Send + Sync>>>,
+}
+
+impl Services {
+    /// No service yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds one method: `run` gets the decoded request, its answer is encoded.
+    pub fn method<Q, A, F, R>(&mut self, service: &str, method: &str, on_hang_up: OnHangUp, run: R)
+    where
+        Q: Message + Default + 'static,
+        A: Message + 'static,
+        F: Future<Output = Result<A>> + Send + 'static,
+        R: Fn(Q) -> F + Send + Sync + 'static,
+    {
+        let handler = Handler { run: Box::new(run), on_hang_up, types: std::marker::PhantomData };
+        self.by_name.entry(service.to_owned()).or_default().insert(method.to_owned(), Box::new(handler));
+    }
+
+    /// Serves on the listener until [`Server::stop`]; each connection and each call gets a task of its own.
+    ///
+    /// # Errors
+    /// Internal when the ttrpc server does not start.
+    pub async fn serve(self, listener: UnixListener) -> Result<Server> {
+        let services = self
+            .by_name
+            .into_iter()
+            .map(|(name, methods)| (name, ttrpc::r#async::Service { methods, streams: HashMap::new() }))
+            .collect();
+        let mut server = ttrpc::r#async::Server::new()
+            .register_service(services)
+            .add_listener(Listener::new(accepted(listener)));
+        server.start().await?;
+        Ok(Server { server })
+    }
+}
+
+/// Connections as they come. Out of descriptors (EMFILE) is not the end: it waits for some to be closed.
+fn accepted(listener: UnixListener) -> impl futures::Stream<Item = io::Result<UnixStream>> + Send + 'static {
+    futures::stream::unfold(listener, |listener| async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => return Some((Ok(stream), listener)),
+                Err(error) => {
+                    tracing::warn!(%error, "accept on the ttrpc socket failed; trying again in 100 ms");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    })
+}
+
+/// A running ttrpc server.
+pub struct Server {
+    server: ttrpc::r#async::Server,
+}
+
+impl Server {
+    /// Stops accepting, ends the connections and closes the listener. The socket file is the caller's to remove.
+    pub async fn stop(mut self) {
+        if let Err(error) = self.server.shutdown().await {
+            tracing::warn!(%error, "stopping the ttrpc server");
+        }
+    }
+}
+
+struct Handler<Q, R> {
+    run: Box<R>,
+    on_hang_up: OnHangUp,
+    types: std::marker::PhantomData<fn(Q)>,
+}
+
+#[async_trait]
+impl<Q, A, F, R> MethodHandler for Handler<Q, R>
+where
+    Q: Message + Default + 'static,
+    A: Message + 'static,
+    F: Future<Output = Result<A>> + Send + 'static,
+    R: Fn(Q) -> F + Send + Sync + 'static,
+{
+    async fn handler(&self, _context: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
+        let result = match Q::decode(request.payload.as_slice()) {
+            Err(error) => Err(Error::invalid_argument(format!(
+                "{}/{}: the request cannot be decoded: {error}",
+                request.service, request.method
+            ))),
+            Ok(message) => {
+                let answer = (self.run)(message);
+                match self.on_hang_up {
+                    OnHangUp::Drop => answer.await,
+                    OnHangUp::Finish => tokio::spawn(answer).await.unwrap_or_else(|error| {
+                        Err(Error::internal(format!("{}/{}: {error}", request.service, request.method)))
+                    }),
+                }
+            }
+        };
+        let mut response = Response::new();
+        match result {
+            Ok(answer) => {
+                response.set_status(ttrpc::get_status(ttrpc::Code::OK, ""));
+                response.payload = answer.encode_to_vec();
+            }
+            Err(error) => response.set_status(error.to_status()),
+        }
+        Ok(response)
+    }
+}
