@@ -109,7 +109,8 @@ impl RequestContext {
         };
         let namespace = text(NAMESPACE_HEADER)?.map(Namespace::new).transpose()?;
         let lease = text(LEASE_HEADER)?.map(str::to_owned);
-        let deadline = text("grpc-timeout")?.and_then(parse_timeout).and_then(|left| Instant::now().checked_add(left));
+        let deadline =
+            text("grpc-timeout")?.and_then(parse_timeout).and_then(|left| Instant::now().checked_add(left));
         Ok(RequestContext { namespace, lease, deadline })
     }
 
@@ -167,7 +168,9 @@ mod tests {
     #[test]
     fn missing_namespace_is_a_failed_precondition() {
         let context = RequestContext::from_headers(&MetadataMap::new()).unwrap();
-        let Err(Error::FailedPrecondition(message)) = context.namespace() else { panic!("expected an error") };
+        let Err(Error::FailedPrecondition(message)) = context.namespace() else {
+            panic!("expected an error")
+        };
         assert!(message.starts_with("namespace is required"));
     }
 

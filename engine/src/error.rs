@@ -97,7 +97,11 @@ constructors! {
 
 impl Error {
     /// An I/O failure on `path` while doing `what` ("write", "create folder"), in the class its cause belongs to.
-    pub fn io(what: impl std::fmt::Display, path: impl AsRef<std::path::Path>, error: &std::io::Error) -> Self {
+    pub fn io(
+        what: impl std::fmt::Display,
+        path: impl AsRef<std::path::Path>,
+        error: &std::io::Error,
+    ) -> Self {
         use std::io::ErrorKind;
         let message = format!("{what} {}: {error}", path.as_ref().display());
         match error.kind() {
@@ -143,7 +147,9 @@ impl From<tokio::task::JoinError> for Error {
         if error.is_cancelled() {
             Error::Cancelled("the engine is shutting down".into())
         } else {
-            Error::Internal(format!("an operation ended abnormally: {error}; this is a defect, please report it"))
+            Error::Internal(format!(
+                "an operation ended abnormally: {error}; this is a defect, please report it"
+            ))
         }
     }
 }

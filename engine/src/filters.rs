@@ -68,7 +68,10 @@ impl Selector {
 }
 
 /// The value of `labels.KEY` for a filter; the key may itself hold dots, quoted or not.
-pub fn label<'a>(labels: &'a std::collections::HashMap<String, String>, rest: &[&str]) -> Option<Cow<'a, str>> {
+pub fn label<'a>(
+    labels: &'a std::collections::BTreeMap<String, String>,
+    rest: &[&str],
+) -> Option<Cow<'a, str>> {
     labels.get(&rest.join(".")).map(|value| Cow::Borrowed(value.as_str()))
 }
 
@@ -169,7 +172,9 @@ impl<'a> Parser<'a> {
             Some('/' | '|') => Err(self.error("this value must be put in double quotes")),
             _ => {
                 let rest = &self.text[self.at..];
-                let len = rest.find(|c: char| c == ',' || c.is_whitespace() || c.is_control()).unwrap_or(rest.len());
+                let len = rest
+                    .find(|c: char| c == ',' || c.is_whitespace() || c.is_control())
+                    .unwrap_or(rest.len());
                 if len == 0 {
                     return Err(self.error("expected a value"));
                 }
@@ -280,7 +285,9 @@ mod tests {
         ] {
             assert!(passes(yes), "{yes}");
         }
-        for no in ["id==c2", "absent", "absent==x", "absent~=x", "id==c1,name==x", "name~=^busybox", "empty==x"] {
+        for no in
+            ["id==c2", "absent", "absent==x", "absent~=x", "id==c1,name==x", "name~=^busybox", "empty==x"]
+        {
             assert!(!passes(no), "{no}");
         }
         assert!(Filter::parse_all(&["id==no", "id==c1"]).unwrap().matches(object));
@@ -288,7 +295,21 @@ mod tests {
 
     #[test]
     fn mistakes_are_invalid_arguments() {
-        for bad in ["", ",", "a.", "a=b", "a==", "a===b", "a==b c", "a~=(", "a==\"b", "a==/b/", "a.\"\\q\"", "a~=\"\\xZZ\"", "ä==1"] {
+        for bad in [
+            "",
+            ",",
+            "a.",
+            "a=b",
+            "a==",
+            "a===b",
+            "a==b c",
+            "a~=(",
+            "a==\"b",
+            "a==/b/",
+            "a.\"\\q\"",
+            "a~=\"\\xZZ\"",
+            "ä==1",
+        ] {
             assert!(matches!(Filter::parse_all(&[bad]), Err(Error::InvalidArgument(_))), "{bad:?}");
         }
         assert!(Filter::parse_all(&["a".repeat(FILTER_MAX + 1)]).is_err());

@@ -2,7 +2,7 @@
 //!
 //! A key and its value are 4096 bytes together at most. A label set to the empty string by an update goes.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 pub const LABEL_MAX: usize = 4096;
 
 /// A set of labels, in the form the API's messages have.
-pub type Labels = HashMap<String, String>;
+pub type Labels = BTreeMap<String, String>;
 
 /// Checks one label; InvalidArgument when it is too long or its key is empty.
 pub fn validate(key: &str, value: &str) -> Result<()> {
@@ -44,7 +44,13 @@ pub fn split_path(path: &str) -> (&str, Option<&str>) {
 /// value is empty or absent.
 pub fn update_map(current: &mut Labels, new: &Labels, key: Option<&str>) {
     match key {
-        None => *current = new.iter().filter(|(_, value)| !value.is_empty()).map(|(k, v)| (k.clone(), v.clone())).collect(),
+        None => {
+            *current = new
+                .iter()
+                .filter(|(_, value)| !value.is_empty())
+                .map(|(k, v)| (k.clone(), v.clone()))
+                .collect()
+        }
         Some(key) => match new.get(key).filter(|value| !value.is_empty()) {
             Some(value) => {
                 current.insert(key.to_owned(), value.clone());

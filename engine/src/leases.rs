@@ -85,11 +85,18 @@ impl Leases {
     /// Puts a resource under a lease. It need not exist yet.
     pub async fn add_resource(&self, context: &RequestContext, id: String, resource: Resource) -> Result<()> {
         let namespace = context.namespace()?.clone();
-        self.metadata.commit(move |txn| add_resource(txn, &namespace, &id, &resource.r#type, &resource.id)).await
+        self.metadata
+            .commit(move |txn| add_resource(txn, &namespace, &id, &resource.r#type, &resource.id))
+            .await
     }
 
     /// Takes a resource from a lease; a resource that it does not hold is no error.
-    pub async fn delete_resource(&self, context: &RequestContext, id: String, resource: Resource) -> Result<()> {
+    pub async fn delete_resource(
+        &self,
+        context: &RequestContext,
+        id: String,
+        resource: Resource,
+    ) -> Result<()> {
         let namespace = context.namespace()?.clone();
         validate_type(&resource.r#type)?;
         self.metadata
@@ -123,7 +130,13 @@ impl Leases {
 
 /// Within a commit: puts a resource under a lease; NotFound when there is no such lease, InvalidArgument for a type
 /// that leases do not know.
-pub fn add_resource(txn: &mut Transaction, namespace: &Namespace, lease: &str, kind: &str, id: &str) -> Result<()> {
+pub fn add_resource(
+    txn: &mut Transaction,
+    namespace: &Namespace,
+    lease: &str,
+    kind: &str,
+    id: &str,
+) -> Result<()> {
     validate_type(kind)?;
     if !txn.has::<Lease>(&[namespace.as_str(), lease])? {
         return Err(missing(lease));

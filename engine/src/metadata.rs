@@ -19,9 +19,13 @@
 //! between commits, never one that is not yet on disk, and taking it or reading it waits for nobody.
 
 mod archive;
+pub mod containers;
+pub mod content;
 mod db;
+pub mod images;
 pub mod leases;
 pub mod namespaces;
+pub mod snapshots;
 
 use std::ops::Bound;
 use std::path::Path;
@@ -74,7 +78,8 @@ pub trait Read {
             let Some(rest) = key.strip_prefix(&prefix[..]) else { break };
             match decode(key, value) {
                 Ok(record) => {
-                    let parts = rest.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned());
+                    let parts =
+                        rest.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned());
                     records.push((parts.collect(), record));
                 }
                 Err(error) => tracing::error!(%error, "a metadata record is set aside"),
@@ -121,7 +126,9 @@ impl Transaction {
     /// Writes a record, new or in the place of the one with this key.
     pub fn put<R: Record>(&mut self, parts: &[&str], record: &R) -> Result<()> {
         let key = encode_key(R::TABLE, parts)?;
-        if R::NAMESPACED && let Some(namespace) = parts.first() {
+        if R::NAMESPACED
+            && let Some(namespace) = parts.first()
+        {
             namespaces::ensure(self, namespace)?;
         }
         self.put_raw(&key, &record.encode_to_vec());
@@ -144,7 +151,7 @@ impl Transaction {
         prefix.push(0);
         let keys: Vec<_> = self
             .map
-            .range(from(&prefix))
+            .range::<_, [u8]>(from(&prefix))
             .map(|(key, _)| key.clone())
             .take_while(|key| key.starts_with(&prefix))
             .collect();
@@ -164,7 +171,8 @@ impl Transaction {
 }
 
 fn encode_key(table: &str, parts: &[&str]) -> Result<Vec<u8>> {
-    let mut key = Vec::with_capacity(table.len() + parts.iter().map(|part| part.len() + 1).sum::<usize>() + 1);
+    let mut key =
+        Vec::with_capacity(table.len() + parts.iter().map(|part| part.len() + 1).sum::<usize>() + 1);
     key.extend_from_slice(table.as_bytes());
     for part in parts {
         if part.as_bytes().contains(&0) {

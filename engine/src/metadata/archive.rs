@@ -74,11 +74,14 @@ pub(super) fn import(dir: &Path, file: &mut dyn BufRead) -> anyhow::Result<u64> 
     }
     let mut lines = file.lines().enumerate().map(|(index, line)| (index + 1, line));
     let mut next = move || -> anyhow::Result<Option<(usize, String)>> {
-        lines.next().map(|(number, line)| Ok((number, line.with_context(|| format!("read line {number}"))?))).transpose()
+        lines
+            .next()
+            .map(|(number, line)| Ok((number, line.with_context(|| format!("read line {number}"))?)))
+            .transpose()
     };
     let (_, first) = next()?.context("the file is empty; it must come from `gantryd metadata export`")?;
-    let head: Head =
-        serde_json::from_str(&first).context("line 1 is not the head of an export; was it made by `gantryd metadata export`?")?;
+    let head: Head = serde_json::from_str(&first)
+        .context("line 1 is not the head of an export; was it made by `gantryd metadata export`?")?;
     if head.gantry_metadata != FORMAT || head.schema == 0 || head.schema > SCHEMA_VERSION {
         bail!(
             "this export has format {} and schema {}, and this gantryd reads format {FORMAT} with schemas up to {SCHEMA_VERSION}",
@@ -90,16 +93,21 @@ pub(super) fn import(dir: &Path, file: &mut dyn BufRead) -> anyhow::Result<u64> 
     let mut batch = sled::Batch::default();
     let mut records = 0_u64;
     loop {
-        let (number, line) = next()?.context("the file is cut short: its last line, {\"records\":N}, is missing")?;
+        let (number, line) =
+            next()?.context("the file is cut short: its last line, {\"records\":N}, is missing")?;
         if let Ok(tail) = serde_json::from_str::<Tail>(&line) {
             if tail.records != records {
                 bail!("the file says {} records and has {records}", tail.records);
             }
             break;
         }
-        let entry: Entry = serde_json::from_str(&line).with_context(|| format!("line {number} is not a record"))?;
-        let value = STANDARD.decode(&entry.value).with_context(|| format!("line {number}: the value is not base64"))?;
-        let (table, parts) = entry.key.split_first().with_context(|| format!("line {number}: the key is empty"))?;
+        let entry: Entry =
+            serde_json::from_str(&line).with_context(|| format!("line {number} is not a record"))?;
+        let value = STANDARD
+            .decode(&entry.value)
+            .with_context(|| format!("line {number}: the value is not base64"))?;
+        let (table, parts) =
+            entry.key.split_first().with_context(|| format!("line {number}: the key is empty"))?;
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
         batch.insert(super::encode_key(table, &parts)?, value);
         records += 1;

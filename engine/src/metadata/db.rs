@@ -95,10 +95,10 @@ impl Metadata {
         let published = Arc::new(ArcSwap::from_pointee(disk.load()?));
         let (queue, jobs) = mpsc::channel();
         let writer = Writer { dir: dir.to_owned(), disk: Some(disk), published: published.clone() };
-        let thread = std::thread::Builder::new()
-            .name("metadata".into())
-            .spawn(move || writer.run(&jobs))
-            .map_err(|source| OpenError::Io { what: "start the writer thread of", path: dir.to_owned(), source })?;
+        let thread =
+            std::thread::Builder::new().name("metadata".into()).spawn(move || writer.run(&jobs)).map_err(
+                |source| OpenError::Io { what: "start the writer thread of", path: dir.to_owned(), source },
+            )?;
         let metadata =
             Metadata { shared: Arc::new(Shared { published, queue: Some(queue), writer: Some(thread) }) };
         metadata.migrate(dir)?;
@@ -275,7 +275,8 @@ impl Writer {
     /// Answers a job with the reason why nothing can be written, without keeping what it would have written.
     fn refuse(&self, job: Job, error: &Error) {
         let mut transaction = Transaction::new(Map::clone(&self.published.load()));
-        if let Ok(verdict) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&mut transaction))) {
+        if let Ok(verdict) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&mut transaction)))
+        {
             (verdict.answer)(Err(error.clone()));
         }
     }
@@ -340,8 +341,8 @@ impl Disk {
     pub(super) fn load(&self) -> std::result::Result<Map, OpenError> {
         let mut map = Map::new();
         for entry in self.db.iter() {
-            let (key, value) =
-                entry.map_err(|error| OpenError::Broken { path: self.dir.clone(), why: error.to_string() })?;
+            let (key, value) = entry
+                .map_err(|error| OpenError::Broken { path: self.dir.clone(), why: error.to_string() })?;
             map.insert(Arc::from(&key[..]), Arc::from(&value[..]));
         }
         Ok(map)

@@ -1,6 +1,6 @@
 //! Records of namespaces: `namespaces NAME`. A namespace comes to be when it is created, or with its first record.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use super::{Read as _, Record, Transaction};
 use crate::error::Result;
@@ -9,8 +9,8 @@ use crate::error::Result;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct NamespaceRecord {
     /// Its labels.
-    #[prost(map = "string, string", tag = "1")]
-    pub labels: HashMap<String, String>,
+    #[prost(btree_map = "string, string", tag = "1")]
+    pub labels: BTreeMap<String, String>,
 }
 
 impl Record for NamespaceRecord {
