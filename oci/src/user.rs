@@ -100,17 +100,13 @@ pub fn resolve(user: &str, accounts: Accounts<'_>) -> Result<User, UserError> {
             (account.uid, Some(account))
         }
     };
-    let gid = match group_part {
+    let gid = match group_name {
         None => account.as_ref().map_or(0, |account| account.gid),
-        Some(part) => match name_of(part, whole)? {
-            Name::Id(gid) => gid,
-            Name::Text(name) => {
-                groups(accounts.group)
-                    .find(|group| group.name == name)
-                    .ok_or_else(|| UserError::NoGroup(name.to_owned()))?
-                    .gid
-            }
-        },
+        Some(Name::Id(gid)) => gid,
+        Some(Name::Text(name)) => {
+            let group = groups(accounts.group).find(|group| group.name == name);
+            group.ok_or_else(|| UserError::NoGroup(name.to_owned()))?.gid
+        }
     };
     // Root has its groups even where /etc/passwd is missing.
     let name = account.as_ref().map(|account| account.name).or((uid == 0).then_some("root"));
