@@ -1,0 +1,549 @@
+//! The records of a snapshotter: key, parent, kind, labels, usage, and the number of its folder.
+//!
+//! An append-only journal beside the snapshots, with everything in memory as well:
+//!
+//! ```text
+//! <root>/journal    "gantry snapshots 1\n"  frame  frame ...
+//! frame             length u32 LE | CRC-32 of the payload u32 LE | payload: JSON list of changes
+//! change            {"Put":["key",{record}]}  |  {"Delete":"key"}
+//! <root>/lock       held while a process has the store open
+//! ```
+//!
+//! Invariants: the changes of one frame happen together or not at all. A change is answered after its frame is on disk;
+//! changes that come together share one sync. A frame that a crash cut short is cut off at the next open: it was never
+//! answered. When most of the journal is past, it is written anew beside the old one and renamed over it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Seek as _, SeekFrom, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Info, Kind, Labels, Result, Usage, io};
+
+const MAGIC: &[u8] = b"gantry snapshots 1\n";
+/// A longer frame is damage: labels are limited far below.
+const FRAME_MAX: usize = 16 << 20;
+/// The journal is not written anew below this size, in bytes.
+const COMPACT_MIN: u64 = 1 << 20;
+
+/// What is stored of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// The number of its folder, unique among the living.
+    pub(crate) id: u64,
+    pub(crate) kind: Kind,
+    pub(crate) parent: String,
+    pub(crate) labels: Labels,
+    created: u64,
+    updated: u64,
+    size: i64,
+    inodes: i64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Change {
+    Put(String, Record),
+    Delete(String),
+}
+
+pub(crate) struct Store {
+    root: PathBuf,
+    state: Mutex<State>,
+    synced: Mutex<u64>,
+    _lock: File,
+}
+
+struct State {
+    records: BTreeMap<String, Record>,
+    /// How many records name each parent.
+    children: HashMap<String, usize>,
+    next_id: u64,
+    /// Folders that are being made and have no record yet.
+    making: BTreeSet<u64>,
+    journal: File,
+    length: u64,
+    /// Bytes of frames that the records now in memory would take.
+    live: u64,
+    /// Counts frames, across rewrites of the journal.
+    sequence: u64,
+    /// Set when what is on disk may not be what is in memory; nothing is written after that.
+    broken: Option<String>,
+}
+
+impl Record {
+    pub(crate) fn info(&self, key: &str) -> Info {
+        let time = |nanoseconds| UNIX_EPOCH + Duration::from_nanos(nanoseconds);
+        Info {
+            key: key.to_owned(),
+            kind: self.kind,
+            parent: self.parent.clone(),
+            labels: self.labels.clone(),
+            created: time(self.created),
+            updated: time(self.updated),
+        }
+    }
+
+    pub(crate) fn usage(&self) -> Usage {
+        Usage { size: self.size, inodes: self.inodes }
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
+}
+
+impl State {
+    fn apply(&mut self, change: Change) {
+        let count = |children: &mut HashMap<String, usize>, parent: &str, up: bool| {
+            if parent.is_empty() {
+                return;
+            }
+            let children_of = children.entry(parent.to_owned()).or_default();
+            *children_of = if up { *children_of + 1 } else { children_of.saturating_sub(1) };
+            if *children_of == 0 {
+                children.remove(parent);
+            }
+        };
+        let size = |key: &str, record: &Record| {
+            (key.len() + record.parent.len() + 200) as u64
+                + record.labels.iter().map(|(k, v)| k.len() + v.len() + 6).sum::<usize>() as u64
+        };
+        let (key, new) = match change {
+            Change::Put(key, record) => (key, Some(record)),
+            Change::Delete(key) => (key, None),
+        };
+        if let Some(old) = self.records.remove(&key) {
+            count(&mut self.children, &old.parent, false);
+            self.live = self.live.saturating_sub(size(&key, &old));
+        }
+        if let Some(record) = new {
+            count(&mut self.children, &record.parent, true);
+            self.next_id = self.next_id.max(record.id + 1);
+            self.live += size(&key, &record);
+            self.records.insert(key, record);
+        }
+    }
+
+    /// Appends one frame and applies it; the number to sync up to. On a failed write the journal is as before.
+    fn write(&mut self, root: &Path, changes: Vec<Change>) -> Result<u64> {
+        if let Some(why) = &self.broken {
+            return Err(Error::FailedPrecondition(format!(
+                "the snapshots in {} cannot change after a failed write ({why}); restart gantryd",
+                root.display()
+            )));
+        }
+        let frame = encode(&changes).map_err(io("encode a record for", root))?;
+        if let Err(error) = self.journal.write_all(&frame) {
+            let restored =
+                self.journal.set_len(self.length).and_then(|()| self.journal.seek(SeekFrom::End(0)));
+            if let Err(again) = restored {
+                self.broken = Some(format!("{error}; {again}"));
+            }
+            return Err(io("write the journal in", root)(error));
+        }
+        self.length += frame.len() as u64;
+        self.sequence += 1;
+        changes.into_iter().for_each(|change| self.apply(change));
+        Ok(self.sequence)
+    }
+}
+
+fn encode(changes: &[Change]) -> io::Result<Vec<u8>> {
+    let payload = serde_json::to_vec(changes)?;
+    if payload.len() > FRAME_MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the labels are too long"));
+    }
+    let mut frame = Vec::with_capacity(payload.len() + 8);
+    frame.extend_from_slice(&(payload.len() as u32).to_le_bytes());
+    frame.extend_from_slice(&crc32fast::hash(&payload).to_le_bytes());
+    frame.extend_from_slice(&payload);
+    Ok(frame)
+}
+
+/// The first frame of `bytes`: its changes and its length. None where the frame is torn.
+fn decode(bytes: &[u8]) -> Option<(Vec<Change>, usize)> {
+    let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes);
+    let (length, sum) = (word(0)? as usize, word(4)?);
+    if length > FRAME_MAX {
+        return None;
+    }
+    let payload = bytes.get(8..8 + length)?;
+    (crc32fast::hash(payload) == sum).then_some(())?;
+    Some((serde_json::from_slice(payload).ok()?, 8 + length))
+}
+
+impl Store {
+    pub(crate) fn open(root: &Path) -> Result<Self> {
+        let lock_path = root.join("lock");
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path)
+            .map_err(io("open", &lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => return Err(Error::InUse(root.to_owned())),
+            Err(fs::TryLockError::Error(source)) => return Err(io("lock", &lock_path)(source)),
+        }
+        let path = root.join("journal");
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                sys::fs::write_atomic(&path, MAGIC, 0o600).map_err(io("create", &path))?;
+                MAGIC.to_vec()
+            }
+            Err(error) => return Err(io("read", &path)(error)),
+        };
+        if !bytes.starts_with(MAGIC) {
+            return Err(Error::FailedPrecondition(format!(
+                "{} is not a snapshot journal of this version; move the folder away to begin anew",
+                path.display()
+            )));
+        }
+        let journal = OpenOptions::new().write(true).open(&path).map_err(io("open", &path))?;
+        let mut state = State {
+            records: BTreeMap::new(),
+            children: HashMap::new(),
+            next_id: 1,
+            making: BTreeSet::new(),
+            journal,
+            length: MAGIC.len() as u64,
+            live: 0,
+            sequence: 0,
+            broken: None,
+        };
+        while let Some((changes, length)) = decode(&bytes[state.length as usize..]) {
+            state.length += length as u64;
+            changes.into_iter().for_each(|change| state.apply(change));
+        }
+        let torn = bytes.len() as u64 - state.length;
+        if torn > 0 {
+            tracing::warn!(journal = %path.display(), torn, "cut off a record that a crash left half written");
+            state
+                .journal
+                .set_len(state.length)
+                .and_then(|()| state.journal.sync_all())
+                .map_err(io("cut", &path))?;
+        }
+        state.journal.seek(SeekFrom::End(0)).map_err(io("seek in", &path))?;
+        Ok(Store { root: root.to_owned(), state: Mutex::new(state), synced: Mutex::new(0), _lock: lock })
+    }
+
+    /// Waits until the frame `sequence` is on disk. Whoever comes first syncs for all who wrote before.
+    fn sync(&self, sequence: u64) -> Result<()> {
+        let mut synced = self.synced.lock();
+        if *synced >= sequence {
+            return Ok(());
+        }
+        let (journal, upto) = {
+            let state = self.state.lock();
+            (state.journal.try_clone(), state.sequence)
+        };
+        if let Err(error) = journal.and_then(|journal| journal.sync_data()) {
+            self.state.lock().broken = Some(error.to_string());
+            return Err(io("sync the journal in", &self.root)(error));
+        }
+        *synced = upto;
+        Ok(())
+    }
+
+    /// Runs `decide` on the records, writes what it wants changed, and returns once that is on disk.
+    fn change<T>(&self, decide: impl FnOnce(&State) -> Result<(Vec<Change>, T)>) -> Result<T> {
+        let (sequence, value) = {
+            let mut state = self.state.lock();
+            let (changes, value) = decide(&state)?;
+            let sequence = state.write(&self.root, changes)?;
+            if state.length > COMPACT_MIN && state.length > state.live * 4 {
+                compact(&mut state, &self.root)?;
+            }
+            (sequence, value)
+        };
+        self.sync(sequence)?;
+        Ok(value)
+    }
+
+    /// A number for the folder of a new snapshot; [`Store::made`] ends the making, well or not.
+    pub(crate) fn begin(&self) -> u64 {
+        let mut state = self.state.lock();
+        let id = state.next_id;
+        state.next_id += 1;
+        state.making.insert(id);
+        id
+    }
+
+    /// Ends the making of a folder.
+    pub(crate) fn made(&self, id: u64) {
+        self.state.lock().making.remove(&id);
+    }
+
+    /// The least number that may belong to a folder that is being made, or will be.
+    pub(crate) fn making_from(&self) -> u64 {
+        let state = self.state.lock();
+        state.making.first().copied().unwrap_or(state.next_id)
+    }
+
+    /// Whether a snapshot of this key, over this parent, could be made now: what to find out before work is done.
+    pub(crate) fn check_new(&self, key: &str, parent: &str) -> Result<()> {
+        check_new(&self.state.lock(), key, parent)
+    }
+
+    pub(crate) fn create(&self, key: &str, id: u64, kind: Kind, parent: &str, labels: &Labels) -> Result<()> {
+        let now = now();
+        self.change(|state| {
+            check_new(state, key, parent)?;
+            let (parent, labels) = (parent.to_owned(), labels.clone());
+            let record = Record { id, kind, parent, labels, created: now, updated: now, size: 0, inodes: 0 };
+            Ok((vec![Change::Put(key.to_owned(), record)], ()))
+        })
+    }
+
+    /// Whether the active snapshot `key` could be committed as `name` now; its record.
+    pub(crate) fn check_commit(&self, name: &str, key: &str) -> Result<Record> {
+        check_commit(&self.state.lock(), name, key)
+    }
+
+    pub(crate) fn commit(&self, name: &str, key: &str, usage: Usage, labels: &Labels) -> Result<()> {
+        self.change(|state| {
+            let mut record = check_commit(state, name, key)?;
+            record.kind = Kind::Committed;
+            record.labels = labels.clone();
+            record.updated = now();
+            (record.size, record.inodes) = (usage.size, usage.inodes);
+            Ok((vec![Change::Delete(key.to_owned()), Change::Put(name.to_owned(), record)], ()))
+        })
+    }
+
+    /// Deletes a record; the number of the folder that is now nobody's.
+    pub(crate) fn remove(&self, key: &str) -> Result<u64> {
+        self.change(|state| {
+            let record = find(state, key)?;
+            if let Some(count) = state.children.get(key) {
+                return Err(Error::FailedPrecondition(format!(
+                    "snapshot {key:?} cannot be removed: {count} other snapshot(s) are stacked on it; remove these first"
+                )));
+            }
+            Ok((vec![Change::Delete(key.to_owned())], record.id))
+        })
+    }
+
+    pub(crate) fn update(&self, info: &Info, paths: &[String]) -> Result<Info> {
+        self.change(|state| {
+            let mut record = find(state, &info.key)?.clone();
+            if paths.is_empty() {
+                record.labels = info.labels.clone();
+            }
+            for path in paths {
+                match path.split_once('.') {
+                    None if path == "labels" => record.labels = info.labels.clone(),
+                    Some(("labels", label)) => match info.labels.get(label).filter(|value| !value.is_empty())
+                    {
+                        Some(value) => drop(record.labels.insert(label.to_owned(), value.clone())),
+                        None => drop(record.labels.remove(label)),
+                    },
+                    _ => {
+                        return Err(Error::InvalidArgument(format!(
+                            "field {path:?} of snapshot {:?} cannot be updated; only labels can",
+                            info.key
+                        )));
+                    }
+                }
+            }
+            record.labels.retain(|_, value| !value.is_empty());
+            record.updated = now();
+            let updated = record.info(&info.key);
+            Ok((vec![Change::Put(info.key.clone(), record)], updated))
+        })
+    }
+
+    pub(crate) fn get(&self, key: &str) -> Result<Record> {
+        find(&self.state.lock(), key).cloned()
+    }
+
+    /// All records as of one instant.
+    pub(crate) fn all(&self) -> Vec<(String, Record)> {
+        self.state.lock().records.iter().map(|(key, record)| (key.clone(), record.clone())).collect()
+    }
+
+    /// The folder numbers of a snapshot's ancestors, its parent first.
+    pub(crate) fn ancestors(&self, record: &Record) -> Result<Vec<u64>> {
+        let state = self.state.lock();
+        let mut chain = Vec::new();
+        let mut parent = &record.parent;
+        while !parent.is_empty() {
+            let record = find(&state, parent)?;
+            chain.push(record.id);
+            parent = &record.parent;
+        }
+        Ok(chain)
+    }
+}
+
+fn find<'a>(state: &'a State, key: &str) -> Result<&'a Record> {
+    state.records.get(key).ok_or_else(|| Error::NotFound(key.to_owned()))
+}
+
+fn check_new(state: &State, key: &str, parent: &str) -> Result<()> {
+    if key.is_empty() {
+        return Err(Error::InvalidArgument("a snapshot's key must not be empty".into()));
+    }
+    if state.records.contains_key(key) {
+        return Err(Error::AlreadyExists(key.to_owned()));
+    }
+    if !parent.is_empty() && find(state, parent)?.kind != Kind::Committed {
+        return Err(Error::InvalidArgument(format!(
+            "snapshot {parent:?} is not committed, so that {key:?} cannot be stacked on it"
+        )));
+    }
+    Ok(())
+}
+
+fn check_commit(state: &State, name: &str, key: &str) -> Result<Record> {
+    if name.is_empty() {
+        return Err(Error::InvalidArgument("the name to commit as must not be empty".into()));
+    }
+    let record = find(state, key)?;
+    if record.kind != Kind::Active {
+        return Err(Error::FailedPrecondition(format!(
+            "snapshot {key:?} is not active, so that it cannot be committed"
+        )));
+    }
+    if state.records.contains_key(name) {
+        return Err(Error::AlreadyExists(name.to_owned()));
+    }
+    Ok(record.clone())
+}
+
+/// Writes the journal anew with what lives, and puts it in the place of the old one.
+fn compact(state: &mut State, root: &Path) -> Result<()> {
+    let mut bytes = MAGIC.to_vec();
+    for (key, record) in &state.records {
+        let change = [Change::Put(key.clone(), record.clone())];
+        bytes.extend(encode(&change).map_err(io("encode a record for", root))?);
+    }
+    let path = root.join("journal");
+    let rewritten = sys::fs::write_atomic(&path, &bytes, 0o600)
+        .and_then(|()| OpenOptions::new().write(true).open(&path))
+        .and_then(|mut journal| journal.seek(SeekFrom::End(0)).map(|_| journal));
+    match rewritten {
+        Ok(journal) => {
+            state.journal = journal;
+            state.length = bytes.len() as u64;
+            Ok(())
+        }
+        // The rename may have happened: writing on to the old file would be lost.
+        Err(error) => {
+            state.broken = Some(error.to_string());
+            Err(io("write anew the journal in", root)(error))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn contents(store: &Store) -> Vec<(String, String, Kind, Labels)> {
+        store.all().into_iter().map(|(key, r)| (key, r.parent, r.kind, r.labels)).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Whatever happens and wherever the file is cut, the store opens and holds a state that it once had: the one
+        /// after the last whole frame.
+        #[test]
+        fn survives_a_cut_anywhere(steps in prop::collection::vec((0..5_u8, "[a-c]", "[a-c]?"), 1..40), cut in 0.0..1.0_f64) {
+            let dir = tempfile::tempdir().unwrap();
+            let store = Store::open(dir.path()).unwrap();
+            let journal = dir.path().join("journal");
+            let mut history = vec![(MAGIC.len() as u64, contents(&store))];
+            for (step, key, other) in steps {
+                let labels = Labels::from([("l".into(), other.clone())]);
+                let _ = match step {
+                    0 => store.create(&key, store.begin(), Kind::Active, &other, &labels),
+                    1 => store.create(&key, store.begin(), Kind::View, &other, &labels),
+                    2 => store.commit(&other, &key, Usage::default(), &labels),
+                    3 => store.remove(&key).map(drop),
+                    _ => store.get(&key).and_then(|r| store.update(&Info { labels, ..r.info(&key) }, &[])).map(drop),
+                };
+                history.push((fs::metadata(&journal).unwrap().len(), contents(&store)));
+            }
+            drop(store);
+            let length = fs::metadata(&journal).unwrap().len();
+            let at = MAGIC.len() as u64 + ((length - MAGIC.len() as u64) as f64 * cut) as u64;
+            OpenOptions::new().write(true).open(&journal).unwrap().set_len(at).unwrap();
+            let store = Store::open(dir.path()).unwrap();
+            let expected = &history.iter().rev().find(|(length, _)| *length <= at).unwrap().1;
+            prop_assert_eq!(&contents(&store), expected);
+            // And goes on from there.
+            store.create("z", store.begin(), Kind::Active, "", &Labels::new()).unwrap();
+            drop(store);
+            prop_assert!(Store::open(dir.path()).unwrap().get("z").is_ok());
+        }
+    }
+
+    #[test]
+    fn damage_in_the_middle_ends_the_journal_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store.create("a", store.begin(), Kind::Active, "", &Labels::new()).unwrap();
+        let good = fs::metadata(dir.path().join("journal")).unwrap().len() as usize;
+        store.create("b", store.begin(), Kind::Active, "", &Labels::new()).unwrap();
+        drop(store);
+        let mut bytes = fs::read(dir.path().join("journal")).unwrap();
+        bytes[good + 20] ^= 1;
+        fs::write(dir.path().join("journal"), bytes).unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        assert!(store.get("a").is_ok());
+        assert!(matches!(store.get("b"), Err(Error::NotFound(_))));
+    }
+
+    #[test]
+    fn one_process_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let _store = Store::open(dir.path()).unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(Error::InUse(_))));
+    }
+
+    #[test]
+    fn the_journal_does_not_grow_with_its_past() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let labels = Labels::from([("l".into(), "x".repeat(4000))]);
+        store.create("base", store.begin(), Kind::Active, "", &labels).unwrap();
+        for _ in 0..400 {
+            store.create("k", store.begin(), Kind::Active, "", &labels).unwrap();
+            store.remove("k").unwrap();
+        }
+        let length = fs::metadata(dir.path().join("journal")).unwrap().len();
+        assert!(length < 2 * COMPACT_MIN, "{length}");
+        drop(store);
+        assert_eq!(contents(&Store::open(dir.path()).unwrap()).len(), 1);
+    }
+
+    #[test]
+    fn many_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let store = &store;
+                scope.spawn(move || {
+                    for i in 0..25 {
+                        let id = store.begin();
+                        store.create(&format!("{thread}-{i}"), id, Kind::Active, "", &Labels::new()).unwrap();
+                    }
+                });
+            }
+        });
+        let ids: BTreeSet<u64> = store.all().iter().map(|(_, record)| record.id).collect();
+        assert_eq!(ids.len(), 200);
+        drop(store);
+        assert_eq!(Store::open(dir.path()).unwrap().all().len(), 200);
+    }
+}
