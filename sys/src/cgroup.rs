@@ -146,6 +146,27 @@ impl Cgroup {
     }
 }
 
+/// Puts a process into a group, given by its path below the hierarchies' roots, in every hierarchy that has it.
+///
+/// # Errors
+/// NotFound when no hierarchy has it, else those of writing cgroup.procs.
+pub fn add_process(group: &str, pid: u32) -> io::Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let mut found = false;
+    for line in mounts.lines() {
+        let Some((place, kind)) = line.split_once(" - ") else { continue };
+        if kind.starts_with("cgroup ") || kind.starts_with("cgroup2 ") {
+            let Some(mountpoint) = place.split(' ').nth(4) else { continue };
+            let file = Path::new(mountpoint).join(group.trim_start_matches('/')).join("cgroup.procs");
+            if file.exists() {
+                fs::write(file, pid.to_string())?;
+                found = true;
+            }
+        }
+    }
+    if found { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+}
+
 /// Comes to know when the kernel kills for want of memory in one group.
 pub struct OomWatch {
     source: AsyncFd<OwnedFd>,

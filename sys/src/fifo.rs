@@ -3,7 +3,7 @@
 //! Invariant: no open here blocks, and a writer never sees EPIPE for want of a reader: it holds both ends.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags};
@@ -68,6 +68,25 @@ pub fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 pub fn set_nonblocking(descriptor: &OwnedFd) -> io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(descriptor)?;
     Ok(rustix::fs::fcntl_setfl(descriptor, flags | OFlags::NONBLOCK)?)
+}
+
+/// The error a terminal's master reads when the last user of the other side has closed it.
+pub const EIO: i32 = libc::EIO;
+
+/// Reads what is there.
+///
+/// # Errors
+/// WouldBlock when there is nothing yet, else those of read(2).
+pub fn read(descriptor: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    Ok(rustix::io::read(descriptor, buffer)?)
+}
+
+/// Writes what fits.
+///
+/// # Errors
+/// WouldBlock when nothing does, else those of write(2).
+pub fn write(descriptor: BorrowedFd<'_>, data: &[u8]) -> io::Result<usize> {
+    Ok(rustix::io::write(descriptor, data)?)
 }
 
 fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {

@@ -2,10 +2,11 @@
 //! killer its worth.
 
 use std::fs;
-use std::io;
+use std::io::{self, Seek, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 /// The lowest worth the kernel knows: never killed.
@@ -137,4 +138,34 @@ pub fn trim_memory() {
     unsafe {
         libc::malloc_trim(0);
     }
+}
+
+/// A file that exists in memory only.
+///
+/// # Errors
+/// Those of memfd_create(2).
+pub fn memory_file(name: &str) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?)
+}
+
+/// Such a file with this content, to be read from its beginning.
+///
+/// # Errors
+/// Those of memfd_create(2) and write(2).
+pub fn memory_file_of(content: &[u8]) -> io::Result<fs::File> {
+    let mut file = fs::File::from(memory_file("content")?);
+    file.write_all(content)?;
+    file.rewind()?;
+    Ok(file)
+}
+
+/// Holds a folder against everyone else who locks it so, until the descriptor is closed. Waits for its turn.
+///
+/// # Errors
+/// Those of open(2) and flock(2).
+pub fn lock_folder(folder: &Path) -> io::Result<OwnedFd> {
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+    let folder = rustix::fs::open(folder, flags, rustix::fs::Mode::empty())?;
+    rustix::fs::flock(&folder, rustix::fs::FlockOperation::LockExclusive)?;
+    Ok(folder)
 }
