@@ -76,7 +76,11 @@ impl World {
                         self.feed(Event::Exited { key, exit: Exit { status: 137, at: AT } });
                     }
                 }
-                Effect::Forget(key) if key.is_init() => self.state = None,
+                Effect::Forget(key) if key.is_init() => {
+                    self.state = None;
+                    // The driver ends, which answers whoever still waits that the container is gone.
+                    self.asked.clear();
+                }
                 Effect::Forget(key) => *self.incarnation.entry(key).or_default() += 1,
                 call => self.calls.push(call),
             }
