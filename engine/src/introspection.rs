@@ -75,7 +75,7 @@ pub fn plugin(kind: &str, id: &str, exports: &[(&str, PathBuf)], capabilities: &
                 vec![proto::containerd::types::Platform {
                     os: host.os,
                     architecture: host.architecture,
-                    variant: host.variant.unwrap_or_default(),
+                    variant: host.variant,
                     ..Default::default()
                 }]
             }

@@ -9,6 +9,7 @@ pub mod config;
 pub mod containers;
 pub mod content;
 pub mod context;
+pub mod daemon;
 pub mod diff;
 pub mod error;
 pub mod events;
@@ -18,8 +19,10 @@ pub mod introspection;
 pub mod labels;
 pub mod leases;
 pub mod metadata;
+pub mod metrics;
 pub mod namespaces;
 pub mod publish;
+pub mod serving;
 pub mod snapshots;
 pub mod tasks;
 

@@ -156,16 +156,20 @@ fn move_metadata(config: &Config, command: &MetadataCommand) -> anyhow::Result<(
             metadata::export(&dir, &mut BufWriter::new(std::io::stdout().lock()))?
         }
         MetadataCommand::Export { file } => {
-            let out = std::fs::File::create_new(file).with_context(|| format!("cannot create {}", file.display()))?;
+            let out = std::fs::File::create_new(file)
+                .with_context(|| format!("cannot create {}", file.display()))?;
             let records = metadata::export(&dir, &mut BufWriter::new(&out)).inspect_err(|_| {
                 let _ = std::fs::remove_file(file);
             })?;
             out.sync_all().with_context(|| format!("cannot sync {}", file.display()))?;
             records
         }
-        MetadataCommand::Import { file } if file == dash => metadata::import(&dir, &mut std::io::stdin().lock())?,
+        MetadataCommand::Import { file } if file == dash => {
+            metadata::import(&dir, &mut std::io::stdin().lock())?
+        }
         MetadataCommand::Import { file } => {
-            let file = std::fs::File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
+            let file =
+                std::fs::File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
             metadata::import(&dir, &mut BufReader::new(file))?
         }
     };

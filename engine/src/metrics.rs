@@ -37,11 +37,18 @@ pub struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         // From a quarter of a millisecond to about four seconds, doubling.
-        let seconds = Family::new_with_constructor((|| Histogram::new(exponential_buckets(0.000_25, 2.0, 15))) as fn() -> _);
+        let seconds = Family::new_with_constructor(
+            (|| Histogram::new(exponential_buckets(0.000_25, 2.0, 15))) as fn() -> _,
+        );
         let (ended, in_flight) = (Family::default(), Gauge::default());
         let mut registry = Registry::with_prefix("gantry");
         registry.register("grpc_calls", "gRPC calls that have been answered", ended.clone());
-        registry.register_with_unit("grpc_call", "Time to the answer of a gRPC call", Unit::Seconds, seconds.clone());
+        registry.register_with_unit(
+            "grpc_call",
+            "Time to the answer of a gRPC call",
+            Unit::Seconds,
+            seconds.clone(),
+        );
         registry.register("grpc_calls_in_flight", "gRPC calls being worked on", in_flight.clone());
         Metrics { registry: Arc::new(registry), ended, seconds, in_flight }
     }
@@ -60,7 +67,9 @@ impl Metrics {
 
     /// Counts a call that was answered: path is `/SERVICE/METHOD`, code the name of its gRPC status.
     pub fn answered(&self, path: &str, code: tonic::Code, took: Duration) {
-        let Some((service, method)) = path.strip_prefix('/').and_then(|path| path.split_once('/')) else { return };
+        let Some((service, method)) = path.strip_prefix('/').and_then(|path| path.split_once('/')) else {
+            return;
+        };
         if code == tonic::Code::Unimplemented {
             // The path may be anything a client has made up.
             return;
@@ -92,7 +101,10 @@ mod tests {
         metrics.answered("/a.B/C", tonic::Code::Ok, Duration::from_millis(3));
         metrics.answered("/made/up", tonic::Code::Unimplemented, Duration::ZERO);
         let text = metrics.text();
-        assert!(text.contains("gantry_grpc_calls_total{service=\"a.B\",method=\"C\",code=\"Ok\"} 1"), "{text}");
+        assert!(
+            text.contains("gantry_grpc_calls_total{service=\"a.B\",method=\"C\",code=\"Ok\"} 1"),
+            "{text}"
+        );
         assert!(text.contains("gantry_grpc_calls_in_flight 1"), "{text}");
         assert!(!text.contains("made"), "{text}");
         metrics.leave();

@@ -29,10 +29,13 @@ pub fn bind(socket: &Socket) -> anyhow::Result<UnixListener> {
     let path = &socket.path;
     let shown = path.display();
     if path.as_os_str().len() > SOCKET_PATH_MAX {
-        bail!("the socket path {shown} is longer than {SOCKET_PATH_MAX} bytes, the kernel's limit; choose a shorter one");
+        bail!(
+            "the socket path {shown} is longer than {SOCKET_PATH_MAX} bytes, the kernel's limit; choose a shorter one"
+        );
     }
     if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot create the folder of the socket {shown}"))?;
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create the folder of the socket {shown}"))?;
     }
     remove_stale(path)?;
     let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {shown}"))?;
@@ -115,7 +118,8 @@ where
             });
         }
         let path = request.uri().path().to_owned();
-        let namespace = request.headers().get(NAMESPACE_HEADER).and_then(|value| value.to_str().ok()).unwrap_or("");
+        let namespace =
+            request.headers().get(NAMESPACE_HEADER).and_then(|value| value.to_str().ok()).unwrap_or("");
         let span = tracing::info_span!("rpc", method = %path, namespace);
         let metrics = self.metrics.clone();
         let call = self.service.call(request);
@@ -126,9 +130,10 @@ where
                 drop(guard);
                 if let Ok(response) = &answer {
                     // An error of a unary call is in the headers; a stream's comes later, in its trailers.
-                    let code = response.headers().get("grpc-status").map_or(tonic::Code::Ok, |code| {
-                        tonic::Code::from_bytes(code.as_bytes())
-                    });
+                    let code = response
+                        .headers()
+                        .get("grpc-status")
+                        .map_or(tonic::Code::Ok, |code| tonic::Code::from_bytes(code.as_bytes()));
                     let took = begun.elapsed();
                     metrics.answered(&path, code, took);
                     tracing::debug!(?code, ?took, "answered");
@@ -145,7 +150,11 @@ mod tests {
     use super::*;
 
     fn socket(path: &Path) -> Socket {
-        Socket { path: path.to_owned(), uid: rustix::process::getuid().as_raw(), gid: rustix::process::getgid().as_raw() }
+        Socket {
+            path: path.to_owned(),
+            uid: rustix::process::getuid().as_raw(),
+            gid: rustix::process::getgid().as_raw(),
+        }
     }
 
     #[tokio::test]
@@ -162,6 +171,8 @@ mod tests {
         std::fs::write(&file, "precious").unwrap();
         assert!(bind(&socket(&file)).unwrap_err().to_string().contains("not a socket"));
         assert_eq!(std::fs::read(&file).unwrap(), b"precious");
-        assert!(bind(&socket(&folder.path().join("x".repeat(120)))).unwrap_err().to_string().contains("longer"));
+        assert!(
+            bind(&socket(&folder.path().join("x".repeat(120)))).unwrap_err().to_string().contains("longer")
+        );
     }
 }

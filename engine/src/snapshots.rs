@@ -1,1 +1,558 @@
-//! Being written.
+//! Snapshots: each namespace's own view of the snapshotters.
+//!
+//! ```text
+//! client's key  --record-->  inner key NAMESPACE/NUMBER/KEY  --snapshotter-->  mounts
+//! ```
+//!
+//! Invariants: a record names a snapshot that the snapshotter has, because it is written after the snapshot is there and
+//! deleted before it goes. What a crash leaves between the two has no record, and goes at the next start.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use proto::containerd::events::{SnapshotCommit, SnapshotPrepare, SnapshotRemove};
+use snapshotter::{Error as InnerError, Kind, Mount, Snapshotter, Usage};
+
+use crate::context::{Namespace, RequestContext};
+use crate::error::{Error, Result, blocking, outlive};
+use crate::events::Exchange;
+use crate::filters::{self, Filter};
+use crate::labels::{self, Labels};
+use crate::leases;
+use crate::metadata::leases::LeaseResource;
+use crate::metadata::snapshots::{SnapshotChild, SnapshotRecord};
+use crate::metadata::{Metadata, Read, Transaction};
+
+/// The label that names the snapshot that a prepared one is to become.
+const REF_LABEL: &str = "containerd.io/snapshot.ref";
+/// Labels that begin so, and [`REF_LABEL`], are the snapshotter's to see; the others are ours alone.
+const INHERITED: &str = "containerd.io/snapshot/";
+
+/// The snapshots of all namespaces; cheap to clone.
+#[derive(Clone)]
+pub struct Snapshots {
+    snapshotters: Arc<BTreeMap<String, Opened>>,
+    failed: Arc<BTreeMap<String, String>>,
+    metadata: Metadata,
+    events: Exchange,
+    /// The number for the next inner key.
+    number: Arc<AtomicU64>,
+}
+
+struct Opened {
+    root: PathBuf,
+    snapshotter: Arc<dyn Snapshotter>,
+}
+
+/// A snapshot as a client sees it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Info {
+    /// Its key, or its name once committed.
+    pub key: String,
+    /// What it is.
+    pub kind: Kind,
+    /// What is recorded of it.
+    pub record: SnapshotRecord,
+}
+
+/// What a new snapshot is to be.
+#[derive(Debug, Clone)]
+pub struct New {
+    /// Its key.
+    pub key: String,
+    /// The committed snapshot it is stacked on; empty for none.
+    pub parent: String,
+    /// Its labels.
+    pub labels: Labels,
+    /// [`Kind::Active`], or [`Kind::View`].
+    pub kind: Kind,
+}
+
+impl Snapshots {
+    /// Opens every built-in snapshotter beneath `root`. One that this file system cannot carry is left out with its
+    /// reason; the rest serve.
+    pub fn open(root: &Path, metadata: Metadata, events: Exchange) -> Result<Self> {
+        let (mut opened, mut failed) = (BTreeMap::new(), BTreeMap::new());
+        for name in snapshotter::NAMES {
+            let folder = root.join(format!("io.containerd.snapshotter.v1.{name}"));
+            match snapshotter::open(name, &folder) {
+                Ok(snapshotter) => {
+                    opened.insert(name.to_owned(), Opened { root: folder, snapshotter });
+                }
+                Err(error) => {
+                    tracing::warn!(snapshotter = name, %error, "left out");
+                    failed.insert(name.to_owned(), error.to_string());
+                }
+            }
+        }
+        let snapshots = Snapshots {
+            snapshotters: Arc::new(opened),
+            failed: Arc::new(failed),
+            metadata,
+            events,
+            number: Arc::new(AtomicU64::new(1)),
+        };
+        for (name, opened) in snapshots.snapshotters.iter() {
+            snapshots.reconcile(name, opened)?;
+        }
+        Ok(snapshots)
+    }
+
+    /// Brings records and snapshotter together after whatever ended the last run.
+    fn reconcile(&self, name: &str, opened: &Opened) -> Result<()> {
+        let mut named: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (parts, record) in self.metadata.view().list::<SnapshotRecord>(&[]) {
+            if parts.get(1).is_some_and(|of| of == name) {
+                named.insert(record.inner, parts);
+            }
+        }
+        let mut there = HashSet::new();
+        let mut leftovers = Vec::new();
+        let walked = opened.snapshotter.walk(&mut |info| {
+            let number =
+                info.key.split('/').nth(1).and_then(|number| number.parse::<u64>().ok()).unwrap_or(0);
+            self.number.fetch_max(number + 1, Ordering::Relaxed);
+            if !named.contains_key(&info.key) {
+                leftovers.push(info.key.clone());
+            }
+            there.insert(info.key);
+            Ok(())
+        });
+        walked.map_err(|error| convert(name, &error))?;
+        // Stacked ones have to go from the top, so that a round may free the next.
+        loop {
+            let before = leftovers.len();
+            leftovers.retain(|key| match opened.snapshotter.remove(key) {
+                Ok(()) => {
+                    tracing::info!(
+                        snapshotter = name,
+                        key,
+                        "removed a snapshot that an earlier run left half made"
+                    );
+                    false
+                }
+                Err(_) => true,
+            });
+            if leftovers.is_empty() || leftovers.len() == before {
+                break;
+            }
+        }
+        let dangling: Vec<Vec<String>> =
+            named.into_iter().filter(|(inner, _)| !there.contains(inner)).map(|(_, parts)| parts).collect();
+        if dangling.is_empty() {
+            return Ok(());
+        }
+        tracing::warn!(snapshotter = name, records = ?dangling, "removing records of snapshots that are not there");
+        self.metadata.commit_blocking(move |txn| {
+            for parts in dangling {
+                if let [namespace, name, key @ ..] = &parts[..] {
+                    let key = key.join("\0");
+                    delete_record(txn, namespace, name, &key)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// The snapshotters that are open, with their folders.
+    pub fn roots(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.snapshotters.iter().map(|(name, opened)| (name.as_str(), opened.root.as_path()))
+    }
+
+    /// The snapshotters that could not be opened, and why.
+    pub fn failed(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.failed.iter().map(|(name, why)| (name.as_str(), why.as_str()))
+    }
+
+    fn snapshotter(&self, name: &str) -> Result<Arc<dyn Snapshotter>> {
+        if let Some(opened) = self.snapshotters.get(name) {
+            return Ok(opened.snapshotter.clone());
+        }
+        if let Some(why) = self.failed.get(name) {
+            return Err(Error::invalid_argument(format!(
+                "snapshotter {name:?} is not available here: {why}"
+            )));
+        }
+        let known: Vec<&str> = self.snapshotters.keys().map(String::as_str).collect();
+        Err(Error::invalid_argument(format!(
+            "snapshotter {name:?} is not known; these are: {}",
+            known.join(", ")
+        )))
+    }
+
+    fn record(&self, context: &RequestContext, name: &str, key: &str) -> Result<SnapshotRecord> {
+        let record =
+            self.metadata.view().get::<SnapshotRecord>(&[context.namespace()?.as_str(), name, key])?;
+        record.ok_or_else(|| missing(key))
+    }
+
+    /// Makes an active snapshot or a view; its mounts. AlreadyExists for a key that is taken, and for a target (the label
+    /// containerd.io/snapshot.ref) that exists; what exists joins the lease in both cases.
+    pub async fn create(&self, context: &RequestContext, name: &str, new: New) -> Result<Vec<Mount>> {
+        let namespace = context.namespace()?.clone();
+        let snapshotter = self.snapshotter(name)?;
+        labels::validate_all(&new.labels)?;
+        if new.key.is_empty() {
+            return Err(Error::invalid_argument("a snapshot's key must not be empty"));
+        }
+        let (this, context, name) = (self.clone(), context.clone(), name.to_owned());
+        outlive(async move {
+            if let Some(existing) = this.existing(&namespace, &name, &new)? {
+                return Err(this.join_existing(context, name, existing).await);
+            }
+            let inner_parent = match new.parent.as_str() {
+                "" => String::new(),
+                parent => {
+                    this.record(&context, &name, parent).map_err(|error| error.context("parent"))?.inner
+                }
+            };
+            let number = this.number.fetch_add(1, Ordering::Relaxed);
+            let inner = format!("{namespace}/{number}/{}", new.key);
+            let mounts = {
+                let (snapshotter, inner, key) = (snapshotter.clone(), inner.clone(), new.key.clone());
+                let (labels, kind) = (inherited(&new.labels), new.kind);
+                blocking(move || {
+                    match kind {
+                        Kind::View => snapshotter.view(&inner, &inner_parent, &labels),
+                        _ => snapshotter.prepare(&inner, &inner_parent, &labels),
+                    }
+                    .map_err(|error| convert(&key, &error))
+                })
+                .await?
+            };
+            let recorded = {
+                let (namespace, name, new, inner) =
+                    (namespace.clone(), name.clone(), new.clone(), inner.clone());
+                this.metadata
+                    .commit(move |txn| {
+                        let key = [namespace.as_str(), &name, &new.key];
+                        if txn.has::<SnapshotRecord>(&key)? {
+                            return Err(Error::already_exists(format!(
+                                "snapshot {:?} exists already",
+                                new.key
+                            )));
+                        }
+                        leases::join(txn, &context, &resource_type(&name), &new.key)?;
+                        let now = Some(SystemTime::now().into());
+                        let record = SnapshotRecord {
+                            inner,
+                            parent: new.parent.clone(),
+                            labels: new.labels,
+                            created: now,
+                            updated: now,
+                        };
+                        put_record(txn, namespace.as_str(), &name, &new.key, &record)
+                    })
+                    .await
+            };
+            if let Err(error) = recorded {
+                remove_inner(snapshotter, inner).await;
+                return Err(error);
+            }
+            if new.kind == Kind::Active {
+                let event = SnapshotPrepare { key: new.key, parent: new.parent, snapshotter: name };
+                this.events.publish(&namespace, "/snapshot/prepare", &event);
+            }
+            Ok(mounts)
+        })
+        .await
+    }
+
+    /// The snapshot that is in the way of a new one: its target, or one with its key.
+    fn existing(&self, namespace: &Namespace, name: &str, new: &New) -> Result<Option<String>> {
+        let view = self.metadata.view();
+        for key in new.labels.get(REF_LABEL).into_iter().chain([&new.key]) {
+            if view.has::<SnapshotRecord>(&[namespace.as_str(), name, key])? {
+                return Ok(Some(key.clone()));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn join_existing(&self, context: RequestContext, name: String, key: String) -> Error {
+        let exists = Error::already_exists(format!("snapshot {key:?} exists already"));
+        if context.lease().is_none() {
+            return exists;
+        }
+        let joined =
+            self.metadata.commit(move |txn| leases::join(txn, &context, &resource_type(&name), &key)).await;
+        joined.err().unwrap_or(exists)
+    }
+
+    /// The mounts of an active snapshot or a view.
+    pub async fn mounts(&self, context: &RequestContext, name: &str, key: &str) -> Result<Vec<Mount>> {
+        let snapshotter = self.snapshotter(name)?;
+        let (record, key) = (self.record(context, name, key)?, key.to_owned());
+        blocking(move || snapshotter.mounts(&record.inner).map_err(|error| convert(&key, &error))).await
+    }
+
+    /// Makes the active snapshot `key` the layer `layer`, with these labels.
+    pub async fn commit(
+        &self,
+        context: &RequestContext,
+        name: &str,
+        layer: String,
+        key: String,
+        labels: Labels,
+    ) -> Result<()> {
+        let namespace = context.namespace()?.clone();
+        let snapshotter = self.snapshotter(name)?;
+        labels::validate_all(&labels)?;
+        if layer.is_empty() {
+            return Err(Error::invalid_argument("the name to commit a snapshot as must not be empty"));
+        }
+        let (this, context, name) = (self.clone(), context.clone(), name.to_owned());
+        outlive(async move {
+            if this.metadata.view().has::<SnapshotRecord>(&[namespace.as_str(), &name, &layer])? {
+                return Err(this.join_existing(context, name, layer).await);
+            }
+            let active = this.record(&context, &name, &key)?;
+            let number = this.number.fetch_add(1, Ordering::Relaxed);
+            let inner = format!("{namespace}/{number}/{layer}");
+            {
+                let (inner, key, labels) = (inner.clone(), key.clone(), inherited(&labels));
+                blocking(move || {
+                    snapshotter.commit(&inner, &active.inner, &labels).map_err(|error| convert(&key, &error))
+                })
+                .await?;
+            }
+            let event = SnapshotCommit { key: key.clone(), name: layer.clone(), snapshotter: name.clone() };
+            let of = namespace.clone();
+            this.metadata
+                .commit(move |txn| {
+                    let namespace = of.as_str();
+                    if txn.has::<SnapshotRecord>(&[namespace, &name, &layer])? {
+                        return Err(Error::already_exists(format!("snapshot {layer:?} exists already")));
+                    }
+                    let Some(mut record) = delete_record(txn, namespace, &name, &key)? else {
+                        return Err(missing(&key));
+                    };
+                    if let Some(lease) = context.lease() {
+                        txn.delete::<LeaseResource>(&[namespace, lease, &resource_type(&name), &key])?;
+                    }
+                    leases::join(txn, &context, &resource_type(&name), &layer)?;
+                    (record.inner, record.labels) = (inner, labels);
+                    let now = Some(SystemTime::now().into());
+                    (record.created, record.updated) = (now, now);
+                    put_record(txn, namespace, &name, &layer, &record)
+                })
+                .await?;
+            this.events.publish(&namespace, "/snapshot/commit", &event);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Removes a snapshot; FailedPrecondition while others are stacked on it.
+    pub async fn remove(&self, context: &RequestContext, name: &str, key: String) -> Result<()> {
+        let namespace = context.namespace()?.clone();
+        let snapshotter = self.snapshotter(name)?;
+        let (this, context, name) = (self.clone(), context.clone(), name.to_owned());
+        outlive(async move {
+            let event = SnapshotRemove { key: key.clone(), snapshotter: name.clone() };
+            let of = namespace.clone();
+            let record = this
+                .metadata
+                .commit(move |txn| {
+                    let namespace = of.as_str();
+                    if txn.any::<SnapshotChild>(&[namespace, &name, &key]) {
+                        return Err(Error::failed_precondition(format!(
+                            "snapshot {key:?} cannot be removed: others are stacked on it; remove these first"
+                        )));
+                    }
+                    let record = delete_record(txn, namespace, &name, &key)?.ok_or_else(|| missing(&key))?;
+                    if let Some(lease) = context.lease() {
+                        txn.delete::<LeaseResource>(&[namespace, lease, &resource_type(&name), &key])?;
+                    }
+                    Ok(record)
+                })
+                .await?;
+            remove_inner(snapshotter, record.inner).await;
+            this.events.publish(&namespace, "/snapshot/remove", &event);
+            Ok(())
+        })
+        .await
+    }
+
+    /// What is known of a snapshot.
+    pub async fn stat(&self, context: &RequestContext, name: &str, key: &str) -> Result<Info> {
+        let snapshotter = self.snapshotter(name)?;
+        let (record, key) = (self.record(context, name, key)?, key.to_owned());
+        blocking(move || info(&*snapshotter, key, record)).await
+    }
+
+    /// Sets labels: those that the mask names (`labels`, `labels.KEY`), or all of them.
+    pub async fn update(
+        &self,
+        context: &RequestContext,
+        name: &str,
+        key: String,
+        new: Labels,
+        mask: Vec<String>,
+    ) -> Result<Info> {
+        let namespace = context.namespace()?.clone();
+        let snapshotter = self.snapshotter(name)?;
+        let (this, name) = (self.clone(), name.to_owned());
+        outlive(async move {
+            let of = key.clone();
+            let record = this
+                .metadata
+                .commit(move |txn| {
+                    let parts = [namespace.as_str(), &name, &of];
+                    let mut record = txn.get::<SnapshotRecord>(&parts)?.ok_or_else(|| missing(&of))?;
+                    if mask.is_empty() {
+                        labels::update_map(&mut record.labels, &new, None);
+                    }
+                    for path in &mask {
+                        match labels::split_path(path) {
+                            ("labels", label) => labels::update_map(&mut record.labels, &new, label),
+                            _ => {
+                                return Err(Error::invalid_argument(format!(
+                                    "field {path:?} of snapshot {of:?} cannot be updated; only labels can"
+                                )));
+                            }
+                        }
+                    }
+                    labels::validate_all(&record.labels)?;
+                    record.updated = Some(SystemTime::now().into());
+                    txn.put(&parts, &record)?;
+                    Ok(record)
+                })
+                .await?;
+            blocking(move || {
+                let mut inner = snapshotter.stat(&record.inner).map_err(|error| convert(&key, &error))?;
+                inner.labels = inherited(&record.labels);
+                snapshotter.update(&inner, &["labels".into()]).map_err(|error| convert(&key, &error))?;
+                Ok(Info { key, kind: inner.kind, record })
+            })
+            .await
+        })
+        .await
+    }
+
+    /// The snapshots that pass the filters (`name`, `parent`, `kind`, `labels.KEY`).
+    pub async fn list(&self, context: &RequestContext, name: &str, filters: &[String]) -> Result<Vec<Info>> {
+        let namespace = context.namespace()?;
+        let filter = Filter::parse_all(filters)?;
+        let snapshotter = self.snapshotter(name)?;
+        let records = self.metadata.view().list::<SnapshotRecord>(&[namespace.as_str(), name]);
+        blocking(move || {
+            let mut list = Vec::new();
+            for (parts, record) in records {
+                let info = match info(&*snapshotter, parts.concat(), record) {
+                    Ok(info) => info,
+                    // Removed since the list was taken.
+                    Err(Error::NotFound(_)) => continue,
+                    Err(error) => return Err(error),
+                };
+                let passes = filter.matches(|path| match path {
+                    ["name"] => Some(info.key.as_str().into()),
+                    ["parent"] => {
+                        Some(info.record.parent.as_str()).filter(|parent| !parent.is_empty()).map(Into::into)
+                    }
+                    ["kind"] => Some(format!("{:?}", info.kind).into()),
+                    ["labels", rest @ ..] => filters::label(&info.record.labels, rest),
+                    _ => None,
+                });
+                if passes {
+                    list.push(info);
+                }
+            }
+            Ok(list)
+        })
+        .await
+    }
+
+    /// What a snapshot itself takes, without its parents.
+    pub async fn usage(&self, context: &RequestContext, name: &str, key: &str) -> Result<Usage> {
+        let snapshotter = self.snapshotter(name)?;
+        let (record, key) = (self.record(context, name, key)?, key.to_owned());
+        blocking(move || snapshotter.usage(&record.inner).map_err(|error| convert(&key, &error))).await
+    }
+
+    /// Removes what removed snapshots may have left on disk.
+    pub async fn cleanup(&self, name: &str) -> Result<()> {
+        let (snapshotter, name) = (self.snapshotter(name)?, name.to_owned());
+        outlive(blocking(move || snapshotter.cleanup().map_err(|error| convert(&name, &error)))).await
+    }
+}
+
+fn missing(key: &str) -> Error {
+    Error::not_found(format!("snapshot {key:?} does not exist"))
+}
+
+fn resource_type(snapshotter: &str) -> String {
+    format!("{}{snapshotter}", leases::SNAPSHOTS)
+}
+
+fn inherited(labels: &Labels) -> Labels {
+    let passes = |key: &str| key == REF_LABEL || key.starts_with(INHERITED);
+    labels.iter().filter(|(key, _)| passes(key)).map(|(key, value)| (key.clone(), value.clone())).collect()
+}
+
+fn info(snapshotter: &dyn Snapshotter, key: String, record: SnapshotRecord) -> Result<Info> {
+    let inner = snapshotter.stat(&record.inner).map_err(|error| convert(&key, &error))?;
+    Ok(Info { key, kind: inner.kind, record })
+}
+
+/// Within a commit: writes a record, and that its parent has a child.
+fn put_record(
+    txn: &mut Transaction,
+    namespace: &str,
+    name: &str,
+    key: &str,
+    record: &SnapshotRecord,
+) -> Result<()> {
+    if !record.parent.is_empty() {
+        if !txn.has::<SnapshotRecord>(&[namespace, name, &record.parent])? {
+            return Err(missing(&record.parent).context("parent"));
+        }
+        txn.put(&[namespace, name, &record.parent, key], &SnapshotChild {})?;
+    }
+    txn.put(&[namespace, name, key], record)
+}
+
+/// Within a commit: deletes a record, and that its parent has this child; what was recorded, if anything.
+fn delete_record(
+    txn: &mut Transaction,
+    namespace: &str,
+    name: &str,
+    key: &str,
+) -> Result<Option<SnapshotRecord>> {
+    let parts = [namespace, name, key];
+    let Some(record) = txn.get::<SnapshotRecord>(&parts)? else { return Ok(None) };
+    txn.delete::<SnapshotRecord>(&parts)?;
+    if !record.parent.is_empty() {
+        txn.delete::<SnapshotChild>(&[namespace, name, &record.parent, key])?;
+    }
+    Ok(Some(record))
+}
+
+/// Removes a snapshot that no record names any more. What fails now is found again at the next start.
+async fn remove_inner(snapshotter: Arc<dyn Snapshotter>, inner: String) {
+    let key = inner.clone();
+    let removed = tokio::task::spawn_blocking(move || snapshotter.remove(&inner)).await;
+    if let Ok(Err(error)) = removed {
+        tracing::warn!(key, %error, "a snapshot without a record is left for the next start");
+    }
+}
+
+/// A snapshotter's error in the engine's class, with the client's key in the place of the inner one.
+fn convert(key: &str, error: &InnerError) -> Error {
+    match error {
+        InnerError::NotFound(_) => missing(key),
+        InnerError::AlreadyExists(_) => Error::already_exists(format!("snapshot {key:?} exists already")),
+        InnerError::FailedPrecondition(_) | InnerError::InUse(_) => {
+            Error::failed_precondition(format!("snapshot {key:?}: {error}"))
+        }
+        InnerError::InvalidArgument(_) => Error::invalid_argument(format!("snapshot {key:?}: {error}")),
+        InnerError::Unsupported(_) => Error::unimplemented(error.to_string()),
+        InnerError::Io { what, path, source } => Error::io(format!("snapshot {key:?}: {what}"), path, source),
+    }
+}
+
+#[cfg(test)]
+mod tests;
