@@ -312,6 +312,17 @@ impl Place {
         Ok(rustix::fs::lsetxattr(self.proc_path(), name, value, rustix::fs::XattrFlags::empty())?)
     }
 
+    /// Sets an extended attribute of the folder that this is a name in.
+    pub fn set_folder_xattr(&self, name: &str, value: &[u8]) -> io::Result<()> {
+        let path = format!("/proc/self/fd/{}", self.parent.as_raw_fd());
+        Ok(rustix::fs::setxattr(path, name, value, rustix::fs::XattrFlags::empty())?)
+    }
+
+    /// The names in the folder that this is a name in.
+    pub fn names_beside(&self) -> io::Result<Vec<Vec<u8>>> {
+        names(&self.parent)
+    }
+
     /// One extended attribute; None when there is none of this name, or the file system has none at all.
     pub fn xattr(&self, name: &OsStr) -> io::Result<Option<Vec<u8>>> {
         let path = self.proc_path();

@@ -1,0 +1,375 @@
+//! The files of the content store, in containerd's layout.
+//!
+//! ```text
+//! blobs/sha256/HEX                 whole, verified, synced; never changed (mode 0444)
+//! ingest/HEX/                      HEX = sha256 of the ingest's key, NAMESPACE/SEQUENCE/REF
+//!            ref                   the key
+//!            data                  the bytes so far; its length is the offset to go on at
+//!            startedat updatedat   RFC 3339
+//!            total                 the announced size in decimal, where there is one
+//! removed/HEX                      taken out of blobs/, about to be deleted
+//! ```
+//!
+//! ```text
+//!  ingest/HEX/data --sync--> link to blobs/... --sync folder--> [the record commits] --> ingest/HEX removed
+//! ```
+//!
+//! The data is linked, not moved, so that a kill before the record commits leaves an ingest that can be resumed.
+//!
+//! Invariants: what is in blobs/ has the digest of its name and is on disk. One writer at a time has an ingest. Everything
+//! here blocks: callers stay off the reactor.
+
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use oci::{Algorithm, Digest, Hasher};
+use parking_lot::Mutex;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::error::{Error, Result};
+
+/// Bytes read at a time when an ingest is hashed again or a blob copied.
+const BUFFER: usize = 1 << 20;
+
+/// The folders of the store; cheap to clone.
+#[derive(Clone)]
+pub(super) struct Store {
+    root: Arc<Path>,
+    /// Keys of the ingests that have a writer.
+    writing: Arc<Mutex<HashSet<String>>>,
+}
+
+/// An ingest as it is on disk.
+pub(super) struct IngestStatus {
+    pub(super) started_at: SystemTime,
+    pub(super) updated_at: SystemTime,
+    pub(super) offset: u64,
+    pub(super) total: u64,
+}
+
+/// The one writer of an ingest. Dropping it leaves the ingest to be resumed.
+pub(super) struct Ingest {
+    held: Held,
+    folder: PathBuf,
+    data: File,
+    algorithm: Algorithm,
+    hasher: Hasher,
+    pub(super) status: IngestStatus,
+}
+
+/// The right to write an ingest.
+struct Held {
+    store: Store,
+    key: String,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.store.writing.lock().remove(&self.key);
+    }
+}
+
+impl Store {
+    /// Opens or makes the folders, and removes what an earlier run was about to remove.
+    pub(super) fn open(root: &Path) -> Result<Self> {
+        let removed = root.join("removed");
+        sys::fs::remove_tree(&removed).map_err(|error| Error::io("remove", &removed, &error))?;
+        for folder in [root, &root.join("blobs"), &root.join("blobs/sha256"), &root.join("ingest"), &removed]
+        {
+            make_folder(folder)?;
+        }
+        for folder in [root, &root.join("blobs")] {
+            sys::fs::sync_dir(folder).map_err(|error| Error::io("sync folder", folder, &error))?;
+        }
+        Ok(Store { root: root.into(), writing: Arc::default() })
+    }
+
+    pub(super) fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.root.join("blobs").join(digest.algorithm().as_str()).join(digest.hex())
+    }
+
+    /// The size of a blob's file; None when there is none.
+    pub(super) fn blob_size(&self, digest: &Digest) -> Result<Option<u64>> {
+        let path = self.blob_path(digest);
+        match std::fs::metadata(&path) {
+            Ok(metadata) => Ok(Some(metadata.len())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("look at", &path, &error)),
+        }
+    }
+
+    /// Takes a blob's file out of the store, at the speed of a rename; the path it has then, to be deleted.
+    pub(super) fn take_out(&self, digest: &Digest) -> Result<Option<PathBuf>> {
+        let (from, to) = (self.blob_path(digest), self.root.join("removed").join(digest.hex()));
+        match std::fs::rename(&from, &to) {
+            Ok(()) => Ok(Some(to)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("remove", &from, &error)),
+        }
+    }
+
+    fn ingest_folder(&self, key: &str) -> PathBuf {
+        self.root.join("ingest").join(Digest::sha256_of(key.as_bytes()).hex())
+    }
+
+    /// The folders of all ingests, with the key of each where it can be read.
+    pub(super) fn ingests(&self) -> Result<Vec<(PathBuf, Option<String>)>> {
+        let root = self.root.join("ingest");
+        let entries = std::fs::read_dir(&root).map_err(|error| Error::io("read folder", &root, &error))?;
+        Ok(entries
+            .flatten()
+            .map(|entry| (entry.path(), std::fs::read_to_string(entry.path().join("ref")).ok()))
+            .collect())
+    }
+
+    /// The state of an ingest; None when nothing of it is on disk.
+    pub(super) fn status(&self, key: &str) -> Result<Option<IngestStatus>> {
+        let folder = self.ingest_folder(key);
+        let data = match std::fs::metadata(folder.join("data")) {
+            Ok(data) => data,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io("look at the data of", &folder, &error)),
+        };
+        let modified = data.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+        let total = std::fs::read_to_string(folder.join("total")).ok().and_then(|total| total.parse().ok());
+        Ok(Some(IngestStatus {
+            started_at: read_time(&folder.join("startedat")).unwrap_or(modified),
+            // Not written at every step, so the file's own time may be the newer one.
+            updated_at: read_time(&folder.join("updatedat")).map_or(modified, |time| time.max(modified)),
+            offset: data.len(),
+            total: total.unwrap_or(0),
+        }))
+    }
+
+    /// Begins or resumes an ingest; Unavailable while another writer has it. What is there already is hashed again.
+    pub(super) fn writer(&self, key: &str, total: u64, algorithm: Algorithm) -> Result<Ingest> {
+        if !self.writing.lock().insert(key.to_owned()) {
+            return Err(Error::unavailable(format!(
+                "ingest {key:?} is being written by another client; try again when that has ended"
+            )));
+        }
+        let held = Held { store: self.clone(), key: key.to_owned() };
+        let folder = self.ingest_folder(key);
+        let failed = |error: io::Error| Error::io("open ingest", &folder, &error);
+        let ours = |_: &IngestStatus| {
+            std::fs::read_to_string(folder.join("ref")).is_ok_and(|written| written == key)
+        };
+        // A different total cannot be the same content: begin anew.
+        let fits = |status: &IngestStatus| total == 0 || status.total == 0 || status.total == total;
+        let before = self.status(key)?.filter(ours).filter(fits);
+        if before.is_none() {
+            make_folder(&folder)?;
+            let now = show_time(SystemTime::now());
+            for (name, text) in [("startedat", now.as_str()), ("updatedat", &now), ("ref", key)] {
+                std::fs::write(folder.join(name), text).map_err(failed)?;
+            }
+        }
+        let total = before.as_ref().map_or(0, |status| status.total).max(total);
+        if total > 0 {
+            std::fs::write(folder.join("total"), total.to_string()).map_err(failed)?;
+        }
+        let mut data = open_data(&folder, before.is_none()).map_err(failed)?;
+        let mut hasher = algorithm.hasher();
+        let offset = hash_rest(&mut data, &mut hasher).map_err(failed)?;
+        let now = SystemTime::now();
+        let mut status =
+            before.unwrap_or(IngestStatus { started_at: now, updated_at: now, offset: 0, total: 0 });
+        (status.offset, status.total) = (offset, total);
+        Ok(Ingest { held, folder, data, algorithm, hasher, status })
+    }
+
+    /// Removes an ingest, under its writer too, whose commit will then fail. False when there was none.
+    pub(super) fn remove_ingest(&self, key: &str) -> Result<bool> {
+        let folder = self.ingest_folder(key);
+        let existed = folder.exists();
+        sys::fs::remove_tree(&folder).map_err(|error| Error::io("remove ingest", &folder, &error))?;
+        Ok(existed)
+    }
+}
+
+impl Ingest {
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.data.write_all(bytes).map_err(|error| {
+            // What was written in part is cut off again: file, hash and offset stay one.
+            let _ = self.data.set_len(self.status.offset);
+            let _ = self.data.seek(SeekFrom::Start(self.status.offset));
+            Error::io("write to ingest", &self.folder, &error)
+        })?;
+        self.hasher.update(bytes);
+        self.status.offset += bytes.len() as u64;
+        self.status.updated_at = SystemTime::now();
+        Ok(())
+    }
+
+    /// Appends a whole file.
+    pub(super) fn write_from(&mut self, file: &mut File) -> Result<()> {
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            match file.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(count) => self.write(&buffer[..count])?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Error::io("copy a blob to ingest", &self.folder, &error)),
+            }
+        }
+    }
+
+    /// Begins anew with nothing.
+    pub(super) fn truncate(&mut self) -> Result<()> {
+        self.data
+            .set_len(0)
+            .and_then(|()| self.data.rewind())
+            .map_err(|error| Error::io("cut ingest", &self.folder, &error))?;
+        self.hasher = self.algorithm.hasher();
+        self.status.offset = 0;
+        Ok(())
+    }
+
+    /// The digest of the bytes so far.
+    pub(super) fn digest(&self) -> Digest {
+        self.hasher.clone().finish()
+    }
+
+    /// Leaves the ingest to be resumed.
+    pub(super) fn suspend(self) {
+        // Best effort: a resumed ingest is hashed again from what is really there.
+        let _ = self.data.sync_data();
+        let _ = std::fs::write(self.folder.join("updatedat"), show_time(self.status.updated_at));
+    }
+
+    /// Checks size and digest and puts the blob in the store, synced; the ingest stays until [`Finished::clean`].
+    pub(super) fn finish(mut self, size: u64, expected: Option<&Digest>) -> Result<Finished> {
+        if size > 0 && size != self.status.offset {
+            return Err(Error::failed_precondition(format!(
+                "ingest {:?}: {} bytes were written and {size} were announced",
+                self.held.key, self.status.offset
+            )));
+        }
+        if let Some(expected) = expected
+            && expected.algorithm() != self.algorithm
+        {
+            let mut hasher = expected.algorithm().hasher();
+            self.data
+                .rewind()
+                .and_then(|()| hash_rest(&mut self.data, &mut hasher))
+                .map_err(|error| Error::io("read ingest", &self.folder, &error))?;
+            (self.algorithm, self.hasher) = (expected.algorithm(), hasher);
+        }
+        let digest = self.digest();
+        if let Some(expected) = expected
+            && *expected != digest
+        {
+            return Err(Error::failed_precondition(format!(
+                "ingest {:?}: the data has the digest {digest}, expected was {expected}",
+                self.held.key
+            )));
+        }
+        self.data.sync_all().map_err(|error| Error::io("sync ingest", &self.folder, &error))?;
+        let finished = Finished { digest, size: self.status.offset, ingest: self };
+        finished.publish()?;
+        Ok(finished)
+    }
+}
+
+/// A blob in the store whose record has yet to commit.
+pub(super) struct Finished {
+    pub(super) digest: Digest,
+    pub(super) size: u64,
+    ingest: Ingest,
+}
+
+impl Finished {
+    /// Makes sure that the blob's file is there. Called again within the commit of the record, when a removal may have
+    /// come between; it is there already nearly always.
+    pub(super) fn publish(&self) -> Result<()> {
+        let Ingest { held, folder, data, .. } = &self.ingest;
+        let path = held.store.blob_path(&self.digest);
+        let failed = |error: io::Error| Error::io("put a blob into the store at", &path, &error);
+        let existing = held.store.blob_size(&self.digest)?;
+        if existing == Some(self.size) {
+            return Ok(());
+        }
+        let parent = path.parent().unwrap_or(&path);
+        make_folder(parent)?;
+        data.set_permissions(Permissions::from_mode(0o444)).map_err(failed)?;
+        if existing.is_none() {
+            match std::fs::hard_link(folder.join("data"), &path) {
+                // Another writer of the same content was faster.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                linked => linked.map_err(failed)?,
+            }
+        } else {
+            // Of a wrong size, so damaged, while what we have has been verified.
+            let new = folder.join("blob");
+            std::fs::hard_link(folder.join("data"), &new)
+                .and_then(|()| std::fs::rename(&new, &path))
+                .map_err(failed)?;
+        }
+        sys::fs::sync_dir(parent).map_err(failed)
+    }
+
+    /// Removes the ingest, now that a record names the blob.
+    pub(super) fn clean(self) {
+        if let Err(error) = sys::fs::remove_tree(&self.ingest.folder) {
+            let folder = self.ingest.folder.display();
+            tracing::warn!(%folder, %error, "a committed ingest stays until the next start");
+        }
+    }
+}
+
+/// Opens an ingest's data, which must never be a blob's own file: a commit that got as far as linking it into blobs/ and
+/// was then cut off is gone on with in a copy.
+fn open_data(folder: &Path, anew: bool) -> io::Result<File> {
+    let path = folder.join("data");
+    if anew {
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    } else if std::fs::metadata(&path)?.nlink() > 1 {
+        let copy = folder.join("copy");
+        std::fs::copy(&path, &copy)?;
+        std::fs::set_permissions(&copy, Permissions::from_mode(0o644))?;
+        std::fs::rename(&copy, &path)?;
+    }
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
+}
+
+/// Hashes the rest of a file; its length.
+fn hash_rest(file: &mut File, hasher: &mut Hasher) -> io::Result<u64> {
+    let mut buffer = Vec::new();
+    let mut length = 0;
+    loop {
+        buffer.clear();
+        let count = file.take(BUFFER as u64).read_to_end(&mut buffer)?;
+        if count == 0 {
+            return Ok(length);
+        }
+        hasher.update(&buffer);
+        length += count as u64;
+    }
+}
+
+fn make_folder(path: &Path) -> Result<()> {
+    match sys::fs::create_dir(path, 0o755) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(Error::io("create folder", path, &error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn show_time(time: SystemTime) -> String {
+    OffsetDateTime::from(time).format(&Rfc3339).unwrap_or_default()
+}
+
+fn read_time(path: &Path) -> Option<SystemTime> {
+    let text = std::fs::read_to_string(path).ok()?;
+    OffsetDateTime::parse(text.trim(), &Rfc3339).ok().map(SystemTime::from)
+}
