@@ -129,7 +129,7 @@ impl Launch {
                     options: params
                         .extensions
                         .into_iter()
-                        .find_map(|extension| extension.value.filter(|any| is_options(any))),
+                        .find_map(|extension| extension.value.filter(is_options)),
                     socket_dir: params.socket_dir.filter(|dir| !dir.is_empty()).map(PathBuf::from),
                 };
                 launch.check_socket_dir()?;

@@ -56,17 +56,25 @@ impl TtrpcRoute {
 #[async_trait]
 impl Route for TtrpcRoute {
     async fn deliver(&mut self, envelope: &Envelope) -> Result<()> {
-        let connection = match &self.connection {
-            Some(connection) => connection.clone(),
-            None => {
-                let fresh = Connection::connect(&self.address).await?.with_namespace(&envelope.namespace);
-                self.connection.insert(fresh).clone()
-            }
-        };
         let request = ForwardRequest { envelope: Some(envelope.clone()) };
-        let result = connection.call(events::SERVICE_NAME, "Forward", &request, Some(FORWARD_LIMIT)).await;
-        if result.as_ref().is_err_and(Error::is_temporary) {
-            self.connection = None;
+        // The engine may have gone and come back since the last event: that is no failure.
+        if let Some(connection) = self.connection.take_if(|connection| !connection.is_closed()) {
+            let result = self.forward(connection, &request).await;
+            if !result.as_ref().is_err_and(|error| error.code == crate::Code::Closed) {
+                return result;
+            }
+        }
+        let fresh = Connection::connect(&self.address).await?.with_namespace(&envelope.namespace);
+        self.forward(fresh, &request).await
+    }
+}
+
+impl TtrpcRoute {
+    /// Keeps the connection when it may be used again.
+    async fn forward(&mut self, connection: Connection, request: &ForwardRequest) -> Result<()> {
+        let result = connection.call(events::SERVICE_NAME, "Forward", request, Some(FORWARD_LIMIT)).await;
+        if !result.as_ref().is_err_and(Error::is_temporary) {
+            self.connection = Some(connection);
         }
         result
     }
@@ -107,7 +115,7 @@ impl Publisher {
             timestamp: Some(SystemTime::now().into()),
             namespace: self.shared.namespace.clone(),
             topic: topic.to_owned(),
-            event: Some(prost_types::Any { type_url: M::full_name(), value: event.encode_to_vec() }),
+            event: Some(proto::any::pack(event)),
         };
         {
             let mut queue = self.shared.lock();

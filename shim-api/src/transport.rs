@@ -94,6 +94,12 @@ impl Connection {
         while ended.changed().await.is_ok() {}
     }
 
+    /// Whether the connection has ended.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.ended.has_changed().is_err()
+    }
+
     /// Calls a method and decodes its answer. Without a limit it waits as long as the connection lives.
     ///
     /// # Errors
@@ -136,11 +142,17 @@ impl Connection {
     }
 
     async fn request(&self, envelope: Request) -> Result<Response> {
-        self.client.request(envelope).await.map_err(|error| match error {
-            // The crate's word for "my channel to the connection's task is gone".
-            ttrpc::Error::Others(message) if self.ended.has_changed().is_err() => Error::closed(message),
-            other => other.into(),
-        })
+        match self.client.request(envelope).await {
+            // Also the crate's word for "the connection's task is gone", which the stream's end tells apart; the
+            // task may be about to drop it.
+            Err(ttrpc::Error::Others(message)) => {
+                match tokio::time::timeout(Duration::from_millis(50), self.closed()).await {
+                    Ok(()) => Err(Error::closed(format!("the ttrpc connection closed: {message}"))),
+                    Err(_) => Err(Error::unknown(message)),
+                }
+            }
+            other => Ok(other?),
+        }
     }
 }
 
@@ -184,9 +196,16 @@ pub enum OnHangUp {
 }
 
 /// The methods of one or more services, ready to be served.
-#[derive(Default)]
 pub struct Services {
     by_name: HashMap<String, HashMap<String, Box<dyn MethodHandler + Send + Sync>>>,
+    /// Dropped when the server stops, which handlers that only wait notice.
+    serving: watch::Sender<()>,
+}
+
+impl Default for Services {
+    fn default() -> Self {
+        Self { by_name: HashMap::new(), serving: watch::Sender::new(()) }
+    }
 }
 
 impl Services {
@@ -204,7 +223,12 @@ impl Services {
         F: Future<Output = Result<A>> + Send + 'static,
         R: Fn(Q) -> F + Send + Sync + 'static,
     {
-        let handler = Handler { run: Box::new(run), on_hang_up, types: std::marker::PhantomData };
+        let handler = Handler {
+            run: Box::new(run),
+            on_hang_up,
+            serving: self.serving.subscribe(),
+            types: std::marker::PhantomData,
+        };
         self.by_name.entry(service.to_owned()).or_default().insert(method.to_owned(), Box::new(handler));
     }
 
@@ -222,7 +246,7 @@ impl Services {
             .register_service(services)
             .add_listener(Listener::new(accepted(listener)));
         server.start().await?;
-        Ok(Server { server })
+        Ok(Server { server, serving: self.serving })
     }
 }
 
@@ -244,11 +268,15 @@ fn accepted(listener: UnixListener) -> impl futures::Stream<Item = io::Result<Un
 /// A running ttrpc server.
 pub struct Server {
     server: ttrpc::r#async::Server,
+    serving: watch::Sender<()>,
 }
 
 impl Server {
     /// Stops accepting, ends the connections and closes the listener. The socket file is the caller's to remove.
+    /// Calls that only wait answer Unavailable; for others it waits, up to 5 s.
     pub async fn stop(mut self) {
+        // The crate waits for running handlers before it closes a connection.
+        drop(self.serving);
         if let Err(error) = self.server.shutdown().await {
             tracing::warn!(%error, "stopping the ttrpc server");
         }
@@ -258,6 +286,7 @@ impl Server {
 struct Handler<Q, R> {
     run: Box<R>,
     on_hang_up: OnHangUp,
+    serving: watch::Receiver<()>,
     types: std::marker::PhantomData<fn(Q)>,
 }
 
@@ -278,7 +307,13 @@ where
             Ok(message) => {
                 let answer = (self.run)(message);
                 match self.on_hang_up {
-                    OnHangUp::Drop => answer.await,
+                    OnHangUp::Drop => {
+                        let mut serving = self.serving.clone();
+                        tokio::select! {
+                            answer = answer => answer,
+                            _ = serving.changed() => Err(Error::unavailable("the server is stopping")),
+                        }
+                    }
                     OnHangUp::Finish => tokio::spawn(answer).await.unwrap_or_else(|error| {
                         Err(Error::internal(format!("{}/{}: {error}", request.service, request.method)))
                     }),

@@ -1,5 +1,5 @@
 //! A shim under test: its own folder, a busybox root file system, a place for its events, and everything cleaned up.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::fs;
 use std::io::Write;

@@ -1,5 +1,7 @@
 //! The shim through its task service, with real runc and real containers. Needs root, runc and busybox-static.
 
+#![allow(clippy::unwrap_used)]
+
 mod harness;
 
 use std::fs;
