@@ -252,7 +252,15 @@ impl Facts {
         let mut prepared = self.prepare(stdio, &key.0).await?;
         let streams = prepared.take_streams();
         let pid = self.runtime.exec(&key.0, &process, streams, prepared.console_socket()).await?;
-        Ok(Running { pid, exit: self.shim.reaper.claim(pid), io: prepared.attach().await? })
+        let handle = sys::pidfd::open(pid);
+        match prepared.attach().await {
+            Ok(io) => Ok(Running { pid, exit: self.shim.reaper.claim(pid), io }),
+            Err(error) => {
+                // It runs, but nobody could talk to it.
+                let _ = handle.and_then(|process| sys::pidfd::send_signal(&process, 9));
+                Err(error)
+            }
+        }
     }
 
     async fn restore(&self, stdio: &Stdio, restore: &Restore) -> Result<Running> {
@@ -272,10 +280,10 @@ impl Facts {
     }
 
     async fn unmount(&self) {
-        if let Some(rootfs) = &self.rootfs {
-            if let Err(error) = rootfs::unmount(rootfs).await {
-                tracing::warn!(id = self.id, %error, "the container's root file system stays mounted");
-            }
+        if let Some(rootfs) = &self.rootfs
+            && let Err(error) = rootfs::unmount(rootfs).await
+        {
+            tracing::warn!(id = self.id, %error, "the container's root file system stays mounted");
         }
     }
 
@@ -399,12 +407,23 @@ impl Actor {
     }
 
     fn step(&mut self, event: Event) {
+        let start_of = match &event {
+            Event::Started { key, result: Err(_), .. } => Some(key.clone()),
+            _ => None,
+        };
         // The state is moved through the function; what is left here meanwhile is never seen.
         let before = std::mem::replace(&mut self.state, State::created(0, false));
         let (after, effects) = transition(before, event);
         self.state = after;
         for effect in effects {
             self.perform(effect);
+        }
+        // An exec that could not be started has no exit to publish, but someone may be waiting for one.
+        if let Some(key) = start_of
+            && let Some(Phase::Stopped(exit)) = self.state.process(&key).map(|process| process.phase)
+            && let Some(live) = self.lives.get(&key)
+        {
+            live.exit.send_replace(Some(exit));
         }
     }
 
@@ -413,10 +432,10 @@ impl Actor {
         match effect {
             Effect::Reply { caller, result } => self.answer(caller, result),
             Effect::Publish(notice) => {
-                if let Notice::Exited { key, exit, .. } = &notice {
-                    if let Some(live) = self.lives.get(key) {
-                        live.exit.send_replace(Some(*exit));
-                    }
+                if let Notice::Exited { key, exit, .. } = &notice
+                    && let Some(live) = self.lives.get(key)
+                {
+                    live.exit.send_replace(Some(*exit));
                 }
                 facts.publish(notice);
             }
@@ -431,10 +450,10 @@ impl Actor {
                     Some(Phase::Deleting { exit: None, .. })
                 );
                 self.spawn(async move {
-                    if let Some(io) = io.filter(|_| !never_started) {
-                        if !io.drained(DRAIN_BEFORE_DELETE).await {
-                            tracing::warn!(id = facts.id, exec = key.0, "output is lost: nobody reads it");
-                        }
+                    if let Some(io) = io.filter(|_| !never_started)
+                        && !io.drained(DRAIN_BEFORE_DELETE).await
+                    {
+                        tracing::warn!(id = facts.id, exec = key.0, "output is lost: nobody reads it");
                     }
                     let result = if key.is_init() { facts.delete(never_started).await } else { Ok(()) };
                     Message::Event(Event::Deleted { caller, key, result })

@@ -35,10 +35,11 @@ const LAST_ANSWERS: Duration = Duration::from_millis(200);
 /// Serves until a Shutdown, or until SIGTERM finds no container.
 pub(crate) fn serve(args: &Args) -> Result<()> {
     sys::process::keep_allocator_small();
-    let listener = listener(args)?;
-    // Whoever starts us may have left more open than we were given.
-    sys::process::close_descriptors_above(LISTENER.unsigned_abs())
+    // Whoever starts us may have left more open than we were given; the next thing we open must not be closed.
+    let given = if args.socket.as_os_str().is_empty() { LISTENER } else { LISTENER - 1 };
+    sys::process::close_descriptors_above(given.unsigned_abs())
         .map_err(|error| Error::internal(format!("close inherited descriptors: {error}")))?;
+    let listener = listener(args)?;
     sys::process::become_subreaper()
         .map_err(|error| Error::internal(format!("become a subreaper: {error}")))?;
     let bundle =

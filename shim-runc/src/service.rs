@@ -197,7 +197,12 @@ impl TaskService for Service {
         };
         let facts = container.facts();
         let work = facts.criu_work(&options.work_path);
-        facts.runtime.checkpoint(&PathBuf::from(&request.path), &work, &options).await?;
+        let result = facts.runtime.checkpoint(&PathBuf::from(&request.path), &work, &options).await;
+        result
+            .map_err(|error| Error::new(error.code, format!("{error} (CRIU's logs: {})", work.display())))?;
+        if options.work_path.is_empty() {
+            let _ = std::fs::remove_dir_all(&work);
+        }
         let event = TaskCheckpointed { container_id: request.id, checkpoint: request.path };
         self.shim.publisher.publish("/tasks/checkpointed", &event);
         Ok(())

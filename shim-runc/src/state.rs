@@ -271,7 +271,7 @@ pub(crate) fn transition(state: State, event: Event) -> (State, Vec<Effect>) {
                 effects.push(Effect::Pause { caller });
             }
             (Phase::Running, Freezer::Paused) => {
-                refuse(&mut effects, caller, unfit("pause a paused container"))
+                refuse(&mut effects, caller, unfit("pause a paused container"));
             }
             (phase, _) => refuse(&mut effects, caller, unfit_phase("pause", phase)),
         },

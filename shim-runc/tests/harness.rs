@@ -19,21 +19,21 @@ use shim_api::task::*;
 use shim_api::transport::{Server, Services};
 use tokio::sync::Notify;
 
-pub const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-runc-v2");
-pub const NAMESPACE: &str = "shimtest";
+pub(crate) const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-runc-v2");
+pub(crate) const NAMESPACE: &str = "shimtest";
 /// No step of a test takes longer unless something hangs.
-pub const LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// The engine's part in a test.
-pub struct Engine {
-    pub folder: tempfile::TempDir,
-    pub events: Arc<Events>,
+pub(crate) struct Engine {
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) events: Arc<Events>,
     server: Option<Server>,
 }
 
 /// Collects what the shim publishes.
 #[derive(Default)]
-pub struct Events {
+pub(crate) struct Events {
     seen: Mutex<Vec<Envelope>>,
     more: Notify,
 }
@@ -50,18 +50,18 @@ impl EventsService for Events {
 }
 
 impl Events {
-    pub fn topics(&self) -> Vec<String> {
+    pub(crate) fn topics(&self) -> Vec<String> {
         self.seen.lock().unwrap().iter().map(|envelope| envelope.topic.clone()).collect()
     }
 
-    pub fn all<M: Name + Default>(&self) -> Vec<M> {
+    pub(crate) fn all<M: Name + Default>(&self) -> Vec<M> {
         let seen = self.seen.lock().unwrap();
         let events = seen.iter().filter_map(|envelope| envelope.event.as_ref());
         events.filter(|any| proto::any::is::<M>(any)).map(|any| proto::any::unpack(any).unwrap()).collect()
     }
 
     /// Waits for an event of this kind that fits.
-    pub async fn wait<M: Name + Default>(&self, fits: impl Fn(&M) -> bool) -> M {
+    pub(crate) async fn wait<M: Name + Default>(&self, fits: impl Fn(&M) -> bool) -> M {
         let found = async {
             loop {
                 let more = self.more.notified();
@@ -81,19 +81,19 @@ impl Events {
 }
 
 impl Engine {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let folder = tempfile::Builder::new().prefix("gantry-shim-").tempdir().unwrap();
         let mut engine = Self { folder, events: Arc::default(), server: None };
         engine.listen().await;
         engine
     }
 
-    pub fn ttrpc_address(&self) -> PathBuf {
+    pub(crate) fn ttrpc_address(&self) -> PathBuf {
         self.folder.path().join("engine.sock.ttrpc")
     }
 
     /// Takes events, from now on.
-    pub async fn listen(&mut self) {
+    pub(crate) async fn listen(&mut self) {
         let _ = fs::remove_file(self.ttrpc_address());
         let listener = tokio::net::UnixListener::bind(self.ttrpc_address()).unwrap();
         let mut services = Services::new();
@@ -102,13 +102,13 @@ impl Engine {
     }
 
     /// Takes no more events, as an engine that restarts.
-    pub async fn stop_listening(&mut self) {
+    pub(crate) async fn stop_listening(&mut self) {
         self.server.take().unwrap().stop().await;
         fs::remove_file(self.ttrpc_address()).unwrap();
     }
 
     /// Makes a bundle: busybox as root file system, a config that runs `args`, changed by `change`.
-    pub fn bundle(&self, id: &str, args: &[&str], change: impl FnOnce(&mut Value)) -> Bundle {
+    pub(crate) fn bundle(&self, id: &str, args: &[&str], change: impl FnOnce(&mut Value)) -> Bundle {
         let path = self.folder.path().join(id);
         fs::create_dir(&path).unwrap();
         let source = self.rootfs();
@@ -162,7 +162,7 @@ impl Engine {
         root
     }
 
-    pub fn launch(&self, id: &str) -> Launch {
+    pub(crate) fn launch(&self, id: &str) -> Launch {
         Launch {
             id: id.to_owned(),
             namespace: NAMESPACE.to_owned(),
@@ -175,7 +175,7 @@ impl Engine {
         }
     }
 
-    pub fn run(&self, bundle: &Bundle, action: &str, stdin: &[u8]) -> Output {
+    pub(crate) fn run(&self, bundle: &Bundle, action: &str, stdin: &[u8]) -> Output {
         let launch = self.launch(&bundle.id);
         let for_delete = (action == "delete").then_some(bundle.path.as_path());
         let mut command = Command::new(SHIM);
@@ -188,7 +188,7 @@ impl Engine {
     }
 
     /// Starts a shim, or finds the one of the bundle's group.
-    pub async fn shim(&self, bundle: &Bundle) -> (TaskClient, Answer) {
+    pub(crate) async fn shim(&self, bundle: &Bundle) -> (TaskClient, Answer) {
         let output = self.run(bundle, "start", &self.launch(&bundle.id).encode(Generation::Params));
         assert!(output.status.success(), "start: {}", String::from_utf8_lossy(&output.stderr));
         assert!(output.stderr.is_empty(), "start said {:?}", String::from_utf8_lossy(&output.stderr));
@@ -224,14 +224,14 @@ impl Drop for Engine {
 }
 
 /// A container's folder.
-pub struct Bundle {
-    pub path: PathBuf,
-    pub id: String,
-    pub rootfs: Mount,
+pub(crate) struct Bundle {
+    pub(crate) path: PathBuf,
+    pub(crate) id: String,
+    pub(crate) rootfs: Mount,
 }
 
 impl Bundle {
-    pub fn create(&self) -> CreateTaskRequest {
+    pub(crate) fn create(&self) -> CreateTaskRequest {
         CreateTaskRequest {
             id: self.id.clone(),
             bundle: self.path.to_str().unwrap().to_owned(),
@@ -241,28 +241,28 @@ impl Bundle {
     }
 
     /// Makes a fifo in the bundle and starts reading it to its end.
-    pub fn output(&self, name: &str) -> (String, tokio::task::JoinHandle<String>) {
+    pub(crate) fn output(&self, name: &str) -> (String, tokio::task::JoinHandle<String>) {
         let path = self.fifo(name);
         let reading = path.clone();
         let reader = tokio::task::spawn_blocking(move || fs::read_to_string(reading).unwrap());
         (path, reader)
     }
 
-    pub fn fifo(&self, name: &str) -> String {
+    pub(crate) fn fifo(&self, name: &str) -> String {
         let path = self.path.join(name);
         assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         path.to_str().unwrap().to_owned()
     }
 
-    pub fn is_mounted(&self) -> bool {
+    pub(crate) fn is_mounted(&self) -> bool {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         mounts.contains(self.path.join("rootfs").to_str().unwrap())
     }
 }
 
 /// An OCI process for exec.
-pub fn process(args: &[&str]) -> prost_types::Any {
+pub(crate) fn process(args: &[&str]) -> prost_types::Any {
     let process = json!({"args": args, "env": ["PATH=/bin"], "cwd": "/", "user": {"uid": 0, "gid": 0}});
     prost_types::Any {
         type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
@@ -270,27 +270,27 @@ pub fn process(args: &[&str]) -> prost_types::Any {
     }
 }
 
-pub fn of(id: &str) -> String {
+pub(crate) fn of(id: &str) -> String {
     id.to_owned()
 }
 
 /// Short forms of the requests.
-pub async fn start(shim: &TaskClient, id: &str, exec_id: &str) -> shim_api::Result<u32> {
+pub(crate) async fn start(shim: &TaskClient, id: &str, exec_id: &str) -> shim_api::Result<u32> {
     Ok(shim.start(StartRequest { id: of(id), exec_id: of(exec_id) }).await?.pid)
 }
 
-pub async fn wait(shim: &TaskClient, id: &str, exec_id: &str) -> shim_api::Result<u32> {
+pub(crate) async fn wait(shim: &TaskClient, id: &str, exec_id: &str) -> shim_api::Result<u32> {
     let wait = shim.wait(WaitRequest { id: of(id), exec_id: of(exec_id) });
     let answer = tokio::time::timeout(LIMIT, wait).await.expect("the process does not end")?;
     assert!(answer.exited_at.is_some());
     Ok(answer.exit_status)
 }
 
-pub async fn delete(shim: &TaskClient, id: &str, exec_id: &str) -> shim_api::Result<DeleteResponse> {
+pub(crate) async fn delete(shim: &TaskClient, id: &str, exec_id: &str) -> shim_api::Result<DeleteResponse> {
     shim.delete(DeleteRequest { id: of(id), exec_id: of(exec_id) }).await
 }
 
-pub async fn kill(
+pub(crate) async fn kill(
     shim: &TaskClient,
     id: &str,
     exec_id: &str,
@@ -300,11 +300,11 @@ pub async fn kill(
     shim.kill(KillRequest { id: of(id), exec_id: of(exec_id), signal, all }).await
 }
 
-pub async fn state(shim: &TaskClient, id: &str, exec_id: &str) -> shim_api::Result<StateResponse> {
+pub(crate) async fn state(shim: &TaskClient, id: &str, exec_id: &str) -> shim_api::Result<StateResponse> {
     shim.state(StateRequest { id: of(id), exec_id: of(exec_id) }).await
 }
 
-pub async fn exec(shim: &TaskClient, id: &str, exec_id: &str, args: &[&str]) -> shim_api::Result<()> {
+pub(crate) async fn exec(shim: &TaskClient, id: &str, exec_id: &str, args: &[&str]) -> shim_api::Result<()> {
     let request = ExecProcessRequest {
         id: of(id),
         exec_id: of(exec_id),
@@ -315,7 +315,7 @@ pub async fn exec(shim: &TaskClient, id: &str, exec_id: &str, args: &[&str]) -> 
 }
 
 /// Ends the shim and checks that it is gone with its socket.
-pub async fn shutdown(shim: &TaskClient, answer: &Answer) {
+pub(crate) async fn shutdown(shim: &TaskClient, answer: &Answer) {
     let _ = shim.shutdown(ShutdownRequest { id: String::new(), now: false }).await;
     tokio::time::timeout(LIMIT, shim.closed()).await.expect("the shim does not end");
     assert!(!shim_api::transport::socket_path(&answer.address).unwrap().exists(), "the socket is left");

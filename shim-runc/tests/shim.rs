@@ -103,7 +103,12 @@ async fn execs_have_streams_and_exits_of_their_own() {
         delete(&shim, "execs", id).await.unwrap();
     }
     exec(&shim, "execs", "missing", &["/no/such/program"]).await.unwrap();
+    let waiting = tokio::spawn({
+        let shim = shim.clone();
+        async move { wait(&shim, "execs", "missing").await }
+    });
     let error = start(&shim, "execs", "missing").await.unwrap_err();
+    assert_eq!(waiting.await.unwrap().unwrap(), 255, "a wait for what never ran ends");
     assert!(error.message.contains("OCI runtime exec failed"), "{error}");
     assert!(error.message.contains("no such file"), "{error}");
     delete(&shim, "execs", "missing").await.unwrap();
