@@ -1,2 +1,58 @@
-//! Placeholder.
-fn main() {}
+//! `ctr`, the debug and admin command line: containerd's names and flags, over its gRPC API.
+//!
+//! Exit codes: 0 success, 1 a failure (one line on stderr, beginning with `ctr: `), 2 a usage error,
+//! and for `run`, `tasks start`, `tasks exec` and `tasks attach` the code of the process.
+//!
+//! Invariant: what a command made and did not announce as its result is taken away on every way
+//! out: snapshots, container records, leases, ingests, fifos; the terminal is put back as it was.
+
+#![forbid(unsafe_code)]
+
+mod archive;
+mod args;
+mod cli;
+mod client;
+mod commands;
+mod container;
+mod content;
+mod image;
+mod json;
+mod lease;
+mod output;
+mod process;
+mod progress;
+mod rootfs;
+mod signals;
+mod stdio;
+mod unpack;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    let debug = cli.globals.debug;
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("ctr: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(cli.run());
+    // A thread may still sit in a read of the terminal; it must not hold up the exit.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code,
+        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if debug => {
+            eprintln!("ctr: {error:?}");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("ctr: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

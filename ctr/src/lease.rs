@@ -1,0 +1,45 @@
+//! A lease around a piece of work: what the engine makes meanwhile is not collected.
+
+use std::time::{Duration, SystemTime};
+
+use proto::containerd::services::leases::v1::{CreateRequest, DeleteRequest};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::client::{Client, Tried};
+
+/// How long a lease lives when ctr dies before it ends it.
+const EXPIRY: Duration = Duration::from_secs(24 * 3600);
+
+/// The label of a lease that ends by itself.
+pub(crate) const EXPIRE_LABEL: &str = "containerd.io/gc.expire";
+
+/// The moment `after` from now, as labels have it.
+pub(crate) fn expiry(after: Duration) -> anyhow::Result<String> {
+    Ok(OffsetDateTime::from(SystemTime::now() + after).format(&Rfc3339)?)
+}
+
+/// Does `work` with a client whose requests are under a new lease, and ends the lease whatever comes of it.
+pub(crate) async fn within<T, F: Future<Output = anyhow::Result<T>>>(
+    client: &Client,
+    work: impl FnOnce(Client) -> F,
+) -> anyhow::Result<T> {
+    let labels = [(EXPIRE_LABEL.to_owned(), expiry(EXPIRY)?)].into();
+    let id = unique("ctr");
+    let created = client.leases().create(CreateRequest { id, labels }).await.tried(|| "create a lease")?;
+    let id = created.lease.unwrap_or_default().id;
+    let result = async { work(client.with_lease(&id)?).await }.await;
+    let ended = client.leases().delete(DeleteRequest { id: id.clone(), sync: false }).await;
+    match (result, ended.tried(|| format!("delete lease {id}"))) {
+        (Ok(value), Ok(())) => Ok(value),
+        (Ok(_), Err(error)) | (Err(error), _) => Err(error),
+    }
+}
+
+/// A name nobody else uses: prefix, process and time.
+pub(crate) fn unique(prefix: &str) -> String {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let nanos = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+    format!("{prefix}-{}-{nanos}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
