@@ -176,9 +176,14 @@ impl Engine {
     }
 
     pub(crate) fn run(&self, bundle: &Bundle, action: &str, stdin: &[u8]) -> Output {
+        self.run_shim(SHIM, bundle, action, stdin)
+    }
+
+    /// Runs an action of any shim.
+    pub(crate) fn run_shim(&self, shim: &str, bundle: &Bundle, action: &str, stdin: &[u8]) -> Output {
         let launch = self.launch(&bundle.id);
         let for_delete = (action == "delete").then_some(bundle.path.as_path());
-        let mut command = Command::new(SHIM);
+        let mut command = Command::new(shim);
         command.args(shim_api::bootstrap::arguments(&launch, for_delete, action));
         command.envs(shim_api::bootstrap::environment(&launch)).current_dir(&bundle.path);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -475,6 +475,43 @@ async fn both_versions_and_all_generations_are_served() {
 }
 
 #[tokio::test]
+async fn debians_go_shim_understands_our_side() {
+    const GO_SHIM: &str = "/usr/bin/containerd-shim-runc-v2";
+    if !fs::exists(GO_SHIM).unwrap() {
+        println!("skipped: {GO_SHIM} is needed (apt install containerd)");
+        return;
+    }
+    let engine = Engine::start().await;
+    let bundle = engine.bundle("go", &sh("exit 6"), |_| {});
+    // It reads its log fifo's other end as ours does, and wants the fifo to be there.
+    let log = bundle.fifo("log");
+    let _reader = fs::OpenOptions::new().read(true).write(true).open(log).unwrap();
+    let mut launch = engine.launch("go");
+    launch.options = Some(proto::any::pack(&Options { binary_name: "runc".into(), ..Default::default() }));
+    let mut outputs = Vec::new();
+    for (_, stdin) in launch.stdin_newest_first() {
+        let output = engine.run_shim(GO_SHIM, &bundle, "start", &stdin);
+        let started = output.status.success();
+        outputs.push(output);
+        if started {
+            break;
+        }
+    }
+    let last = outputs.last().unwrap();
+    assert!(last.status.success(), "{}", String::from_utf8_lossy(&last.stderr));
+    let answer = Answer::parse(&last.stdout).unwrap();
+    let shim = TaskClient::connect(&answer.address, answer.version).await.unwrap().with_namespace(NAMESPACE);
+    shim.create(bundle.create()).await.unwrap();
+    start(&shim, "go", "").await.unwrap();
+    assert_eq!(wait(&shim, "go", "").await.unwrap(), 6);
+    assert_eq!(state(&shim, "nobody", "").await.unwrap_err().code, Code::NotFound);
+    delete(&shim, "go", "").await.unwrap();
+    engine.events.wait::<TaskDelete>(|event| event.exit_status == 6).await;
+    assert_eq!(engine.events.topics(), ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
+    shutdown(&shim, &answer).await;
+}
+
+#[tokio::test]
 async fn a_dead_shim_is_cleaned_up_after() {
     let engine = Engine::start().await;
     let bundle = engine.bundle("dead", &["sleep", "1000"], |_| {});
