@@ -1,1 +1,495 @@
+//! Layers applied for real: hostile ones, and real ones against what `tar` and the kernel make of them.
 
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, symlink};
+use std::process::Command;
+
+use super::*;
+use tar::{EntryType, Header};
+
+/// Builds layers byte by byte, hostile names and all.
+#[derive(Default)]
+struct Layer(Vec<u8>);
+
+impl Layer {
+    fn add(mut self, kind: EntryType, path: &str, link: &str, data: &[u8]) -> Self {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_size(data.len() as u64);
+        header.set_mode(if kind == EntryType::Directory { 0o755 } else { 0o644 });
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(1_000_000_000);
+        header.as_mut_bytes()[..path.len()].copy_from_slice(path.as_bytes());
+        header.as_mut_bytes()[157..157 + link.len()].copy_from_slice(link.as_bytes());
+        header.set_cksum();
+        self.0.extend_from_slice(header.as_bytes());
+        self.0.extend_from_slice(data);
+        self.0.resize(self.0.len().next_multiple_of(512), 0);
+        self
+    }
+
+    fn file(self, path: &str, data: &str) -> Self {
+        self.add(EntryType::Regular, path, "", data.as_bytes())
+    }
+
+    fn dir(self, path: &str) -> Self {
+        self.add(EntryType::Directory, path, "", b"")
+    }
+
+    fn link(self, path: &str, to: &str) -> Self {
+        self.add(EntryType::Symlink, path, to, b"")
+    }
+
+    fn hard(self, path: &str, to: &str) -> Self {
+        self.add(EntryType::Link, path, to, b"")
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        self.0.extend_from_slice(&[0; 1024]);
+        self.0
+    }
+}
+
+struct Bench {
+    dir: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for folder in ["upper", "lower", "work", "merged", "plain", "mounts", "outside"] {
+            std::fs::create_dir(dir.path().join(folder)).unwrap();
+        }
+        std::fs::write(dir.path().join("outside/secret"), "s").unwrap();
+        Bench { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).to_str().unwrap().to_owned()
+    }
+
+    fn overlay(&self) -> Vec<Mount> {
+        let option = |name: &str, folder: &str| format!("{name}={}", self.text(folder));
+        vec![Mount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            target: String::new(),
+            options: vec![
+                option("workdir", "work"),
+                option("upperdir", "upper"),
+                option("lowerdir", "lower"),
+            ],
+        }]
+    }
+
+    fn plain(&self) -> Vec<Mount> {
+        let options = vec!["rbind".into(), "rw".into()];
+        vec![Mount { kind: "bind".into(), source: self.text("plain"), target: String::new(), options }]
+    }
+
+    fn apply(&self, mounts: &[Mount], layer: &[u8]) -> Result<Applied> {
+        apply(layer, media_type::OCI_LAYER, mounts, &self.path("mounts"), false)
+    }
+
+    /// Applies onto an overlay and onto a plain folder with the same lower content.
+    fn both(&self, layer: &[u8]) -> (Result<Applied>, Result<Applied>) {
+        copy(&self.path("lower"), &self.path("plain"));
+        (self.apply(&self.overlay(), layer), self.apply(&self.plain(), layer))
+    }
+
+    /// What the overlay shows, merged by the kernel.
+    fn merged(&self) -> BTreeMap<String, String> {
+        sys::mount::mount_all(&self.overlay(), &self.path("merged")).unwrap();
+        let seen = tree(&self.path("merged"));
+        sys::mount::unmount_all(&self.path("merged")).unwrap();
+        seen
+    }
+
+    fn untouched(&self) {
+        assert_eq!(std::fs::read_to_string(self.path("outside/secret")).unwrap(), "s");
+        let secret = std::fs::metadata(self.path("outside/secret")).unwrap();
+        assert_eq!((secret.nlink(), secret.mode() & 0o7777, secret.uid()), (1, 0o644, 0));
+        assert_eq!(std::fs::read_dir(self.path("outside")).unwrap().count(), 1);
+        assert_eq!(std::fs::read_dir(self.path("mounts")).unwrap().count(), 0);
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    let status = Command::new("cp").arg("-aT").arg(from).arg(to).status().unwrap();
+    assert!(status.success());
+}
+
+/// Every path beneath a folder, with what can be seen of it.
+fn tree(root: &Path) -> BTreeMap<String, String> {
+    let mut seen = BTreeMap::new();
+    let mut todo = vec![root.to_owned()];
+    while let Some(folder) = todo.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let meta = path.symlink_metadata().unwrap();
+            let kind = meta.file_type();
+            let content = if kind.is_dir() {
+                todo.push(path.clone());
+                "dir".to_owned()
+            } else if kind.is_symlink() {
+                format!("-> {}", path.read_link().unwrap().display())
+            } else if kind.is_file() {
+                format!("{} {}", meta.nlink(), oci::Digest::sha256_of(&std::fs::read(&path).unwrap()))
+            } else {
+                format!("special {:o} {}", meta.mode() & 0o170_000, meta.rdev())
+            };
+            let place = Root::open(&folder).unwrap().child(path.file_name().unwrap().as_bytes()).unwrap();
+            let mut xattrs = Vec::new();
+            for name in place.xattr_names().unwrap() {
+                let name = OsStr::from_bytes(&name);
+                if !name.as_bytes().starts_with(b"trusted.") {
+                    xattrs.push((name.to_owned(), place.xattr(name).unwrap()));
+                }
+            }
+            xattrs.sort();
+            // What overlayfs shows of a folder's time is the upper folder's, so it is comparable too.
+            let what = format!(
+                "{content} {:o} {}:{} {}.{:09} {:?}",
+                meta.mode() & 0o7777,
+                meta.uid(),
+                meta.gid(),
+                meta.mtime(),
+                meta.mtime_nsec(),
+                xattrs,
+            );
+            seen.insert(path.strip_prefix(root).unwrap().display().to_string(), what);
+        }
+    }
+    seen
+}
+
+fn names(root: &Path) -> Vec<String> {
+    tree(root).into_keys().collect()
+}
+
+#[test]
+fn nothing_outside_is_touched() {
+    let bench = Bench::new();
+    let outside = bench.text("outside");
+    let layer = Layer::default()
+        .link("abs", &outside)
+        .file("abs/new", "x")
+        .link("rel", "../outside")
+        .file("rel/secret", "changed")
+        .file("../outside/secret", "changed")
+        .file("/../../etc/hostile-gantry", "x")
+        .link("leaf", &format!("{outside}/secret"))
+        .file("leaf", "replaced, not followed")
+        .link("chmod", &format!("{outside}/secret"))
+        .hard("chmodded", "chmod")
+        .dir("abs/.wh..wh..opq")
+        .file("abs/.wh.secret", "")
+        .file("rel/.wh.secret", "")
+        .end();
+    let (overlay, plain) = bench.both(&layer);
+    overlay.unwrap();
+    plain.unwrap();
+    bench.untouched();
+    assert!(!Path::new("/etc/hostile-gantry").exists());
+    for folder in ["upper", "plain"] {
+        assert!(bench.path(folder).join("etc/hostile-gantry").exists());
+        assert_eq!(
+            std::fs::read_to_string(bench.path(folder).join("leaf")).unwrap(),
+            "replaced, not followed"
+        );
+        assert!(bench.path(folder).join("chmodded").is_symlink());
+    }
+}
+
+#[test]
+fn malformed_layers_are_the_clients_fault() {
+    let cases = [
+        (Layer::default().hard("x", "../outside/secret").end(), "does not hold"),
+        (Layer::default().hard("x", "missing").end(), "does not hold"),
+        (Layer::default().dir("d").hard("x", "d").end(), "hard link"),
+        (Layer::default().hard("x", "/").end(), "does not hold"),
+        (Layer::default().file("a/.wh.", "").end(), "must name"),
+        (Layer::default().file("a/.wh...", "").end(), "must name"),
+        (Layer::default().file("a/.wh..", "").end(), "must name"),
+        (Layer::default().file(".wh.a/b", "").end(), "must not begin with .wh."),
+        (Layer::default().file("f", "x").file("f/g", "y").end(), "Not a directory"),
+        (Layer::default().link("a", "b").link("b", "a").file("a/x", "").end(), "symbolic links"),
+        (Layer::default().file("f", "x").end()[..700].to_vec(), "cut short"),
+        (b"no tar at all, only some text that goes on for a while".repeat(20), "malformed"),
+        ([&[0x1f, 0x8b, 8, 0][..], &[0; 20]].concat(), "read the layer"),
+        ([&[0x28, 0xb5, 0x2f, 0xfd][..], &[0xff; 20]].concat(), "read the layer"),
+    ];
+    for (layer, words) in cases {
+        let bench = Bench::new();
+        for mounts in [bench.overlay(), bench.plain()] {
+            let error = bench.apply(&mounts, &layer).unwrap_err();
+            assert!(matches!(error, Error::InvalidArgument(_) | Error::PermissionDenied(_)), "{error:?}");
+            assert!(error.to_string().contains(words), "{error} should say {words:?}");
+        }
+        bench.untouched();
+    }
+}
+
+#[test]
+fn other_mistakes_have_their_classes() {
+    let bench = Bench::new();
+    let layer = Layer::default().file("f", "x").end();
+    let error = apply(&layer[..], "text/html", &bench.plain(), &bench.path("mounts"), false).unwrap_err();
+    assert!(matches!(error, Error::Unimplemented(_)), "{error:?}");
+    assert!(matches!(bench.apply(&[], &layer).unwrap_err(), Error::InvalidArgument(_)));
+    let mut read_only = bench.plain();
+    read_only[0].options = vec!["rbind".into(), "ro".into()];
+    assert!(matches!(bench.apply(&read_only, &layer).unwrap_err(), Error::FailedPrecondition(_)));
+    let mut nowhere = bench.plain();
+    nowhere[0].source = "/nonexistent".into();
+    assert!(bench.apply(&nowhere, &layer).is_err());
+    bench.untouched();
+}
+
+#[test]
+fn duplicates_and_replacements() {
+    let bench = Bench::new();
+    let layer = Layer::default()
+        .file("twice", "one")
+        .file("twice", "two")
+        .file("tree/a/b", "x")
+        .file("tree", "now a file")
+        .file("file", "x")
+        .dir("file")
+        .file("file/in", "y")
+        .file("one", "linked")
+        .hard("two", "one")
+        .hard("two", "one")
+        .hard("one", "two")
+        .dir("dir")
+        .file("dir/keep", "k")
+        .dir("dir")
+        .end();
+    let (overlay, plain) = bench.both(&layer);
+    assert_eq!(overlay.unwrap(), plain.unwrap());
+    for folder in ["upper", "plain"] {
+        let folder = bench.path(folder);
+        assert_eq!(std::fs::read_to_string(folder.join("twice")).unwrap(), "two");
+        assert_eq!(std::fs::read_to_string(folder.join("tree")).unwrap(), "now a file");
+        assert_eq!(std::fs::read_to_string(folder.join("file/in")).unwrap(), "y");
+        assert_eq!(std::fs::metadata(folder.join("one")).unwrap().nlink(), 2);
+        assert!(folder.join("dir/keep").exists());
+        // Set last, after the files in it were made.
+        assert_eq!(std::fs::metadata(folder.join("dir")).unwrap().mtime(), 1_000_000_000);
+    }
+}
+
+/// Fills the lower layer with what the whiteout tests delete.
+fn fill_lower(bench: &Bench) {
+    let lower = bench.path("lower");
+    for path in ["gone/x", "opaque/old/x", "opaque/old2", "again/old", "kept/x", "late/old", "deep/a/b/old"] {
+        std::fs::create_dir_all(lower.join(path).parent().unwrap()).unwrap();
+        std::fs::write(lower.join(path), "lower").unwrap();
+    }
+    std::fs::write(lower.join("file"), "lower").unwrap();
+    symlink("/gone", lower.join("link")).unwrap();
+}
+
+#[test]
+fn whiteouts_hide_what_is_below_and_nothing_else() {
+    let bench = Bench::new();
+    fill_lower(&bench);
+    let layer = Layer::default()
+        .file(".wh.gone", "")
+        .file(".wh.file", "")
+        .file(".wh.link", "")
+        .file(".wh.never-was", "")
+        .file("opaque/.wh..wh..opq", "")
+        .file("opaque/new", "n")
+        // The whiteout comes before the folder that takes its place, and after the one that is there.
+        .file(".wh.again", "")
+        .dir("again")
+        .file("again/new", "n")
+        .dir("late")
+        .file("late/new", "n")
+        .file(".wh.late", "")
+        .file("deep/a/new", "n")
+        .file("deep/.wh..wh..opq", "")
+        .file(".wh..wh.plnk", "aufs")
+        .file(".wh..wh.aufs/x", "aufs")
+        .end();
+    let (overlay, plain) = bench.both(&layer);
+    assert_eq!(overlay.unwrap(), plain.unwrap());
+    let expected = [
+        "again",
+        "again/new",
+        "deep",
+        "deep/a",
+        "deep/a/new",
+        "kept",
+        "kept/x",
+        "late",
+        "late/new",
+        "opaque",
+        "opaque/new",
+    ];
+    assert_eq!(names(&bench.path("plain")), expected);
+    assert_eq!(bench.merged().into_keys().collect::<Vec<_>>(), expected);
+    let whiteout = bench.path("upper/gone").symlink_metadata().unwrap();
+    assert!(whiteout.file_type().is_char_device() && whiteout.rdev() == 0);
+}
+
+#[test]
+fn an_opaque_root_hides_everything() {
+    let bench = Bench::new();
+    fill_lower(&bench);
+    let layer = Layer::default().file("gone/mine", "x").file(".wh..wh..opq", "").file("new", "n").end();
+    let (overlay, plain) = bench.both(&layer);
+    overlay.unwrap();
+    plain.unwrap();
+    let expected = ["gone", "gone/mine", "new"];
+    assert_eq!(names(&bench.path("plain")), expected);
+    assert_eq!(bench.merged().into_keys().collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn folders_that_a_layer_does_not_list_look_as_below() {
+    let bench = Bench::new();
+    let folder = bench.path("lower/var/data");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::os::unix::fs::chown(&folder, Some(33), Some(44)).unwrap();
+    std::fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o2770)).unwrap();
+    bench.apply(&bench.overlay(), &Layer::default().file("var/data/f", "x").end()).unwrap();
+    let made = std::fs::metadata(bench.path("upper/var/data")).unwrap();
+    assert_eq!((made.mode() & 0o7777, made.uid(), made.gid()), (0o2770, 33, 44));
+    assert_eq!(made.mtime(), std::fs::metadata(&folder).unwrap().mtime());
+}
+
+/// A tree with everything that a file system has.
+fn real_tree(root: &Path) {
+    let script = r#"
+        set -e
+        mkdir -p bin etc/deep/er var dev tmp
+        echo hello > etc/hello; ln etc/hello etc/hello2; ln -s ../etc/hello bin/link; ln -s /absolute/none bin/dangling
+        ln -P bin/link bin/link2
+        head -c 3000000 /dev/urandom > var/big
+        truncate -s 10M var/sparse; echo end >> var/sparse; printf start | dd of=var/sparse conv=notrunc status=none
+        mknod dev/null c 1 3; mknod dev/loop b 7 5; mkfifo dev/pipe
+        chown 1000:2000 etc/hello; chown 4000000000:65534 var/big; chmod 4755 var/big; chmod 1777 tmp; chmod 0500 etc/deep
+        long=$(printf 'n%.0s' $(seq 200)); mkdir -p "$long/$long"; echo x > "$long/$long/$long"; ln -s "$long/$long" longlink
+    "#;
+    let run = |script: &str| {
+        let status = Command::new("sh").arg("-c").arg(script).current_dir(root).status().unwrap();
+        assert!(status.success());
+    };
+    run(script);
+    // With the bytes that a careless pax reader trips over.
+    let capability = [1, 0, 0, 2, 0, b'\n', 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    for (path, name, value) in [
+        ("etc/hello", "user.note", &b"two\nlines"[..]),
+        ("etc/deep", "user.dir", b"1"),
+        ("var/big", "security.capability", &capability),
+    ] {
+        let place = Root::open(root).unwrap().place(path.as_bytes()).unwrap().unwrap();
+        place.set_xattr(OsStr::new(name), value).unwrap();
+    }
+    run(r#"
+        touch -d '2001-02-03 04:05:06.789' etc/hello; touch -h -d '2002-02-03' bin/dangling
+        touch -d '2003-03-03' etc/deep etc bin nnn*
+        "#);
+}
+
+#[test]
+fn real_archives_unpack_as_tar_does() {
+    let bench = Bench::new();
+    let source = bench.path("source");
+    std::fs::create_dir(&source).unwrap();
+    real_tree(&source);
+    for (format, sparse) in [("pax", false), ("gnu", false), ("pax", true), ("gnu", true)] {
+        for compression in ["cat", "gzip -1", "zstd -q -1"] {
+            let target = Bench::new();
+            let archive = target.path("layer");
+            let flags = if sparse { "-S" } else { "" };
+            let xattrs = if format == "pax" { "--xattrs --xattrs-include=*" } else { "" };
+            let script = format!(
+                "tar -C {} --format={format} {flags} {xattrs} --numeric-owner -cf - . | {compression} > {}",
+                source.display(),
+                archive.display()
+            );
+            if !Command::new("sh").arg("-c").arg(&script).status().unwrap().success() {
+                panic!("{script} failed");
+            }
+            let unpacked = target.path("unpacked");
+            std::fs::create_dir(&unpacked).unwrap();
+            let status = Command::new("tar")
+                .arg("-C")
+                .arg(&unpacked)
+                .args(["--xattrs", "--xattrs-include=*", "--numeric-owner", "-pxaf"])
+                .arg(&archive)
+                .status()
+                .unwrap();
+            assert!(status.success());
+            // Compressed is said for all: the first bytes decide.
+            let file = std::fs::File::open(&archive).unwrap();
+            let applied =
+                apply(file, media_type::DOCKER_LAYER_GZIP, &target.overlay(), &target.path("mounts"), true)
+                    .unwrap();
+            let case = format!("{format} {compression} sparse {sparse}");
+            assert_eq!(tree(&target.path("upper")), tree(&unpacked), "{case}");
+            let plain = Command::new("sh")
+                .arg("-c")
+                .arg(format!(
+                    "case '{compression}' in cat) cat {0};; gzip*) gzip -dc {0};; *) zstd -qdc {0};; esac",
+                    archive.display()
+                ))
+                .output()
+                .unwrap()
+                .stdout;
+            assert_eq!(
+                (applied.size, applied.digest),
+                (plain.len() as u64, oci::Digest::sha256_of(&plain)),
+                "{case}"
+            );
+            if sparse {
+                let blocks = std::fs::metadata(target.path("upper/var/sparse")).unwrap().blocks();
+                assert!(blocks * 512 < 1 << 20, "{case}: the holes stay holes, {blocks} blocks");
+            }
+        }
+    }
+}
+
+#[test]
+fn several_gzip_members_and_trailing_bytes_count() {
+    let bench = Bench::new();
+    let mut layer = Layer::default().file("f", "x").end();
+    layer.extend_from_slice(&[7; 5000]);
+    let pack = |bytes: &[u8]| {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut encoder, bytes).unwrap();
+        encoder.finish().unwrap()
+    };
+    let packed = [pack(&layer[..700]), pack(&layer[700..])].concat();
+    let applied = bench.apply(&bench.plain(), &packed).unwrap();
+    assert_eq!((applied.size, applied.digest), (layer.len() as u64, oci::Digest::sha256_of(&layer)));
+    let cut = &packed[..packed.len() - 10];
+    assert!(matches!(bench.apply(&bench.plain(), cut), Err(Error::InvalidArgument(_))));
+}
+
+#[test]
+fn trusted_attributes_do_not_come_from_layers() {
+    let bench = Bench::new();
+    let records = b"41 SCHILY.xattr.trusted.overlay.opaque=y\n31 SCHILY.xattr.trusted.mine=1\n25 SCHILY.xattr.user.a=b\n";
+    let layer = Layer::default().add(EntryType::XHeader, "pax", "", records).dir("d").end();
+    bench.apply(&bench.overlay(), &layer).unwrap();
+    let place = Root::open(&bench.path("upper")).unwrap().place(b"d").unwrap().unwrap();
+    assert_eq!(place.xattr_names().unwrap(), [b"user.a"]);
+}
+
+#[test]
+fn lower_lists_with_escapes() {
+    let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect::<Vec<_>>();
+    assert_eq!(split_lower("/a:/b\\:c:/d\\\\"), paths(&["/a", "/b:c", "/d\\"]));
+    assert_eq!(split_lower(""), paths(&[]));
+}
