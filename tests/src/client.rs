@@ -41,6 +41,11 @@ impl Ctr {
         Ctr { program: binary("ctr"), address: host.address(), namespace: host.namespace.clone() }
     }
 
+    /// The socket of the engine.
+    pub fn address(&self) -> &Path {
+        &self.address
+    }
+
     /// A command, not started.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
