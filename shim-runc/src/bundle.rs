@@ -60,7 +60,7 @@ impl Config {
 /// Writes a small file of a bundle: whole or not at all. It is not synced: a bundle does not survive a reboot.
 pub(crate) fn write(bundle: &Path, name: &str, content: &[u8]) -> Result<()> {
     let path = bundle.join(name);
-    let new = bundle.join(format!(".{name}.new"));
+    let new = bundle.join(format!(".{name}.{}", std::process::id()));
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o600);
     options

@@ -407,7 +407,7 @@ impl Actor {
     }
 
     fn step(&mut self, event: Event) {
-        let start_of = match &event {
+        let failed_start = match &event {
             Event::Started { key, result: Err(_), .. } => Some(key.clone()),
             _ => None,
         };
@@ -419,7 +419,7 @@ impl Actor {
             self.perform(effect);
         }
         // An exec that could not be started has no exit to publish, but someone may be waiting for one.
-        if let Some(key) = start_of
+        if let Some(key) = failed_start
             && let Some(Phase::Stopped(exit)) = self.state.process(&key).map(|process| process.phase)
             && let Some(live) = self.lives.get(&key)
         {

@@ -19,7 +19,7 @@ struct Log {
     level: Level,
 }
 
-/// Starts logging to the bundle's fifo. Without one, or without memory of a place to write, it logs nothing.
+/// Starts logging to the bundle's fifo. Without one it logs nothing.
 pub(crate) fn start(bundle: &Path, debug: bool) {
     // Both ends and non-blocking: the reader may be away, and a full pipe must never stop the shim.
     let non_blocking = 0o4000;

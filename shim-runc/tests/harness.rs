@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -181,6 +181,11 @@ impl Engine {
 
     /// Runs an action of any shim.
     pub(crate) fn run_shim(&self, shim: &str, bundle: &Bundle, action: &str, stdin: &[u8]) -> Output {
+        self.spawn(shim, bundle, action, stdin).wait_with_output().unwrap()
+    }
+
+    /// Begins one.
+    pub(crate) fn spawn(&self, shim: &str, bundle: &Bundle, action: &str, stdin: &[u8]) -> Child {
         let launch = self.launch(&bundle.id);
         let for_delete = (action == "delete").then_some(bundle.path.as_path());
         let mut command = Command::new(shim);
@@ -189,7 +194,7 @@ impl Engine {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         child.stdin.take().unwrap().write_all(stdin).unwrap();
-        child.wait_with_output().unwrap()
+        child
     }
 
     /// Starts a shim, or finds the one of the bundle's group.
@@ -205,6 +210,8 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
+        // runc's folder of the namespace; other tests may still use it.
+        let _ = fs::remove_dir(Path::new("/run/containerd/runc").join(NAMESPACE));
         // A test that failed halfway: end what it left, by name of its own folder.
         if std::thread::panicking() {
             for entry in fs::read_dir("/proc").unwrap().flatten() {
@@ -317,6 +324,12 @@ pub(crate) async fn exec(shim: &TaskClient, id: &str, exec_id: &str, args: &[&st
         ..ExecProcessRequest::default()
     };
     shim.exec(request).await
+}
+
+/// Open descriptors of the shim.
+pub(crate) async fn descriptors(shim: &TaskClient) -> usize {
+    let pid = shim.connect_shim(ConnectRequest { id: of("any") }).await.unwrap().shim_pid;
+    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
 /// Ends the shim and checks that it is gone with its socket.

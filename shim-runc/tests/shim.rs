@@ -138,6 +138,24 @@ async fn a_terminal_can_be_typed_at_and_resized() {
         .await
         .unwrap();
     start(&shim, "tty", "").await.unwrap();
+
+    // An exec with a terminal of its own beside it, whose one stream has both outputs.
+    let (exec_out, exec_text) = bundle.output("exec.out");
+    let request = ExecProcessRequest {
+        id: of("tty"),
+        exec_id: of("side"),
+        terminal: true,
+        stdout: exec_out,
+        spec: Some(process(&sh("cat /proc/self/stat >/dev/tty; echo err >&2; [ -t 0 ] && exit 4"))),
+        ..Default::default()
+    };
+    shim.exec(request).await.unwrap();
+    start(&shim, "tty", "side").await.unwrap();
+    assert_eq!(wait(&shim, "tty", "side").await.unwrap(), 4);
+    assert!(exec_text.await.unwrap().contains("err\r\n"));
+    assert!(state(&shim, "tty", "side").await.unwrap().terminal);
+    delete(&shim, "tty", "side").await.unwrap();
+
     let mut writer = fs::OpenOptions::new().write(true).open(&stdin).unwrap();
     writer.write_all(b"word\n").unwrap();
     assert_eq!(wait(&shim, "tty", "").await.unwrap(), 0);
@@ -388,18 +406,30 @@ async fn starts_come_before_exits_however_short_the_life() {
     let (shim, answer) = engine.shim(&bundle).await;
     shim.create(bundle.create()).await.unwrap();
     start(&shim, "short", "").await.unwrap();
+    let before = descriptors(&shim).await;
     let many = (0..12).map(|n| {
         let shim = shim.clone();
         tokio::spawn(async move {
             let id = format!("e{n}");
-            exec(&shim, "short", &id, &["true"]).await.unwrap();
+            let file = format!("file:///dev/null?{n}");
+            let request = ExecProcessRequest {
+                id: of("short"),
+                exec_id: id.clone(),
+                spec: Some(process(&["true"])),
+                stdout: file.clone(),
+                stderr: file,
+                ..Default::default()
+            };
+            shim.exec(request).await.unwrap();
             start(&shim, "short", &id).await.unwrap();
             assert_eq!(wait(&shim, "short", &id).await.unwrap(), 0);
+            delete(&shim, "short", &id).await.unwrap();
         })
     });
     for one in many.collect::<Vec<_>>() {
         one.await.unwrap();
     }
+    assert_eq!(descriptors(&shim).await, before, "descriptors leak");
     for n in 0..12 {
         engine.events.wait::<TaskExit>(|exit| exit.id == format!("e{n}")).await;
     }
@@ -428,6 +458,25 @@ async fn a_group_shares_a_shim() {
     let (shim, answer) = engine.shim(&first).await;
     shim.create(first.create()).await.unwrap();
     start(&shim, "one", "").await.unwrap();
+    // A dead shim's socket in the way, and everybody at once: one shim comes of it.
+    let third = engine.bundle("three", &["true"], |config| {
+        config["annotations"] = json!({"io.containerd.runc.v2.group": "crowd"});
+    });
+    let params = engine.launch("three").encode(Generation::Params);
+    let once = engine.run(&third, "start", &params).stdout;
+    let crowd = TaskClient::connect(&Answer::parse(&once).unwrap().address, 3).await.unwrap();
+    let dead = crowd.connect_shim(ConnectRequest::default()).await.unwrap().shim_pid;
+    sys::pidfd::send_signal(sys::pidfd::open(dead).unwrap(), 9).unwrap();
+    crowd.closed().await;
+    let starts: Vec<_> = (0..6).map(|_| engine.spawn(SHIM, &third, "start", &params)).collect();
+    for start in starts {
+        let output = start.wait_with_output().unwrap();
+        assert_eq!(output.stdout, once, "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let crowd_answer = Answer::parse(&once).unwrap();
+    let crowd = TaskClient::connect(&crowd_answer.address, 3).await.unwrap();
+    assert_eq!(shims_of(&engine, "three"), 1);
+    shutdown(&crowd, &crowd_answer).await;
     let (other, other_answer) = engine.shim(&second).await;
     assert_eq!(answer, other_answer);
     other.create(second.create()).await.unwrap();
@@ -546,6 +595,16 @@ async fn a_dead_shim_is_cleaned_up_after() {
     shutdown(&shim, &answer).await;
 }
 
+/// How many shims were started for this container and live.
+fn shims_of(engine: &Engine, id: &str) -> usize {
+    let bundle = engine.folder.path().join(id);
+    let lives_there = |entry: &fs::DirEntry| {
+        fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == bundle)
+            && fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == std::path::Path::new(SHIM))
+    };
+    fs::read_dir("/proc").unwrap().flatten().filter(lives_there).count()
+}
+
 /// A zombie that this machine's init has not reaped runs no more.
 fn is_running(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat"))
@@ -568,6 +627,42 @@ async fn events_outlive_the_engines_absence_in_order() {
     assert_eq!(engine.events.topics(), ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
     assert_eq!(engine.events.all::<TaskStart>().len(), 1);
     shutdown(&shim, &answer).await;
+}
+
+#[tokio::test]
+async fn without_a_ttrpc_address_the_publish_binary_takes_events() {
+    let engine = Engine::start().await;
+    let bundle = engine.bundle("binary", &["true"], |_| {});
+    let log = engine.folder.path().join("published");
+    let binary = engine.folder.path().join("publish.sh");
+    let script = format!("#!/bin/sh\necho \"$@\" >> {0}\nwc -c >> {0}\n", log.display());
+    fs::write(&binary, script).unwrap();
+    fs::set_permissions(&binary, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let mut launch = engine.launch("binary");
+    launch.ttrpc_address = String::new();
+    launch.publish_binary = binary.to_str().unwrap().into();
+    let output = std::process::Command::new(SHIM)
+        .args(shim_api::bootstrap::arguments(&launch, None, "start"))
+        .env_remove("TTRPC_ADDRESS")
+        .current_dir(&bundle.path)
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap();
+    let answer = Answer::parse(&output.stdout).unwrap();
+    let shim = TaskClient::connect(&answer.address, 3).await.unwrap();
+    shim.create(bundle.create()).await.unwrap();
+    start(&shim, "binary", "").await.unwrap();
+    wait(&shim, "binary", "").await.unwrap();
+    delete(&shim, "binary", "").await.unwrap();
+    shutdown(&shim, &answer).await;
+    let text = fs::read_to_string(&log).unwrap();
+    let calls: Vec<_> = text.lines().filter(|line| line.contains("publish --topic")).collect();
+    assert_eq!(calls.len(), 4, "{text}");
+    for (call, topic) in calls.iter().zip(["create", "start", "exit", "delete"]) {
+        let expected = format!("publish --topic /tasks/{topic} --namespace {NAMESPACE}");
+        assert!(call.starts_with("--address /") && call.ends_with(&expected), "{call}");
+    }
+    assert!(text.lines().skip(1).step_by(2).all(|size| size.trim().parse::<u32>().unwrap() > 0), "{text}");
 }
 
 #[tokio::test]
