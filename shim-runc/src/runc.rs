@@ -195,7 +195,11 @@ impl Runtime {
         };
         let output = memory_file().map_err(|error| Error::internal(format!("memfd_create: {error}")))?;
         let mut command = Command::new(&self.binary);
-        command.arg("--root").arg(&self.root).arg("--log").arg(&log.0).args(["--log-format", "json"]);
+        command.arg("--root").arg(&self.root).args(["--log-format", "json"]);
+        // A bundle that is gone, with its container perhaps not, has no place for a log; stderr has it then.
+        if self.bundle.is_dir() {
+            command.arg("--log").arg(&log.0);
+        }
         if self.systemd_cgroup {
             command.arg("--systemd-cgroup");
         }

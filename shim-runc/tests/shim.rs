@@ -590,6 +590,18 @@ async fn a_dead_shim_is_cleaned_up_after() {
     assert!(!is_running(pid));
     let socket = shim_api::transport::socket_path(&answer.address).unwrap();
     assert!(!socket.exists());
+    // Even the bundle may be gone.
+    let mut gone = engine.bundle("gone", &["true"], |_| {});
+    gone.path = engine.folder.path().join("gone/missing");
+    let output = std::process::Command::new(SHIM)
+        .args(shim_api::bootstrap::arguments(&engine.launch("gone"), Some(&gone.path), "delete"))
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     // And the name is free for a new shim.
     let (shim, answer) = engine.shim(&bundle).await;
     shutdown(&shim, &answer).await;

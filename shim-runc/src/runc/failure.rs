@@ -47,7 +47,8 @@ pub(super) fn not_run(binary: &Path, error: &io::Error) -> Error {
 
 /// The runtime ran and failed.
 pub(super) fn of_run(verb: &str, binary: &Path, status: u32, log: &[u8], output: &[u8]) -> Error {
-    let cause = last_error(log).or_else(|| last_line(output)).unwrap_or_else(|| {
+    let logged = last_error(log).or_else(|| last_error(output));
+    let cause = logged.or_else(|| last_line(output)).unwrap_or_else(|| {
         let how =
             if status > 128 { format!("signal {}", status - 128) } else { format!("exit status {status}") };
         format!("{} ended with {how} and no message", binary.display())
