@@ -28,7 +28,7 @@ use tonic::Code;
 use crate::args::{Snapshotter, labels};
 use crate::client::{Client, Failure, Tried};
 use crate::progress::Progress;
-use crate::stdio::Streams;
+use crate::stdio::Addresses;
 use crate::{image, lease, rootfs, unpack};
 
 /// The runtime whose options `--runc-binary` and its like set.
@@ -533,7 +533,7 @@ pub(crate) async fn mounts(client: &Client, container: &Container) -> anyhow::Re
 pub(crate) async fn create_task(
     client: &Client,
     container: &Container,
-    streams: &Streams,
+    streams: Addresses,
     no_pivot: bool,
 ) -> anyhow::Result<u32> {
     let options = match no_pivot {
@@ -549,9 +549,9 @@ pub(crate) async fn create_task(
     let request = CreateTaskRequest {
         container_id: container.id.clone(),
         rootfs: mounts(client, container).await?,
-        stdin: streams.stdin.clone(),
-        stdout: streams.stdout.clone(),
-        stderr: streams.stderr.clone(),
+        stdin: streams.stdin,
+        stdout: streams.stdout,
+        stderr: streams.stderr,
         terminal: streams.terminal,
         options,
         ..CreateTaskRequest::default()

@@ -3,7 +3,7 @@
 //! Layout: `<fifo dir>/<random>/<id>-{stdin,stdout,stderr}`, the folder 0700. The folder is removed when the
 //! copying ends; after a detached start it stays until the task is deleted, see [`remove_leftovers`].
 //!
-//! Copying begins before the process starts, so nothing is lost. When the engine has deleted the process,
+//! Copying begins before the engine creates the process: shims wait for a reader, and nothing is lost. When the engine has deleted the process,
 //! its shim has written all there is; [`Copies::finish`] then drains what is in the pipes and ends,
 //! even where somebody still holds the other end.
 
@@ -34,12 +34,18 @@ pub(crate) struct Choice {
     pub(crate) terminal: bool,
 }
 
-/// The three addresses that go into a request, and the folder that holds them.
-pub(crate) struct Streams {
+/// Where the engine finds a process's streams, as its requests have it; empty for none.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Addresses {
     pub(crate) stdin: String,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
     pub(crate) terminal: bool,
+}
+
+/// A process's streams, and the folder that holds their fifos.
+pub(crate) struct Streams {
+    addresses: Addresses,
     folder: Option<FifoFolder>,
 }
 
@@ -60,19 +66,13 @@ impl Drop for FifoFolder {
 impl Streams {
     /// Makes what `choice` asks for, for the process `id`.
     pub(crate) fn create(id: &str, choice: &Choice) -> anyhow::Result<Streams> {
-        let none = String::new;
-        let terminal = choice.terminal;
+        let mut addresses = Addresses { terminal: choice.terminal, ..Addresses::default() };
         if choice.null {
-            return Ok(Streams { stdin: none(), stdout: none(), stderr: none(), terminal, folder: None });
+            return Ok(Streams { addresses, folder: None });
         }
         if let Some(uri) = &choice.log_uri {
-            return Ok(Streams {
-                stdin: none(),
-                stdout: uri.clone(),
-                stderr: uri.clone(),
-                terminal,
-                folder: None,
-            });
+            (addresses.stdout, addresses.stderr) = (uri.clone(), uri.clone());
+            return Ok(Streams { addresses, folder: None });
         }
         let parent = choice.fifo_dir.clone().unwrap_or_else(|| FIFO_FOLDER.into());
         std::fs::create_dir_all(&parent).with_context(|| {
@@ -80,31 +80,40 @@ impl Streams {
         })?;
         let parent = std::path::absolute(parent)?;
         let folder = FifoFolder { path: parent.join(crate::lease::unique("ctr")), keep: false };
-        sys_create_private(&folder.path)?;
+        create_private(&folder.path)?;
         let fifo = |name: &str| -> anyhow::Result<String> {
             let path = folder.path.join(format!("{id}-{name}"));
             sys::fifo::create(&path, 0o600)
                 .with_context(|| format!("cannot make fifo {}", path.display()))?;
             Ok(path.display().to_string())
         };
-        let (stdin, stdout) = (fifo("stdin")?, fifo("stdout")?);
-        let stderr = if terminal { none() } else { fifo("stderr")? };
-        Ok(Streams { stdin, stdout, stderr, terminal, folder: Some(folder) })
+        (addresses.stdin, addresses.stdout) = (fifo("stdin")?, fifo("stdout")?);
+        if !choice.terminal {
+            addresses.stderr = fifo("stderr")?;
+        }
+        Ok(Streams { addresses, folder: Some(folder) })
     }
 
     /// The fifos of a process that runs already.
-    pub(crate) fn existing(
-        stdin: String,
-        stdout: String,
-        stderr: String,
-        terminal: bool,
-    ) -> anyhow::Result<Streams> {
+    pub(crate) fn existing(addresses: Addresses) -> anyhow::Result<Streams> {
         ensure!(
-            [&stdin, &stdout, &stderr].iter().any(|path| sys::fifo::is_fifo(Path::new(path))),
+            [&addresses.stdin, &addresses.stdout, &addresses.stderr].into_iter().any(|path| is_fifo(path)),
             "the process has no fifos to attach to (its output goes to {:?})",
-            stdout
+            addresses.stdout
         );
-        Ok(Streams { stdin, stdout, stderr, terminal, folder: None })
+        Ok(Streams { addresses, folder: None })
+    }
+
+    /// What goes into the request that creates the process.
+    pub(crate) fn addresses(&self) -> Addresses {
+        self.addresses.clone()
+    }
+
+    /// Opens the fifos that output comes from without reading them. A shim waits for a reader when it
+    /// opens its own ends, so somebody must be there while it creates a process that nobody follows.
+    pub(crate) fn hold(&self) -> anyhow::Result<Vec<OwnedFd>> {
+        let outputs = [&self.addresses.stdout, &self.addresses.stderr];
+        outputs.into_iter().filter(|path| is_fifo(path)).map(|path| open_output(path)).collect()
     }
 
     /// Leaves the fifos where they are, for a process that outlives ctr.
@@ -118,26 +127,32 @@ impl Streams {
     pub(crate) fn copy(self) -> anyhow::Result<Copies> {
         let finished = watch::Sender::new(false);
         let mut outputs = Vec::new();
-        for (path, to_stderr) in [(&self.stdout, false), (&self.stderr, true)] {
-            if !sys::fifo::is_fifo(Path::new(path)) {
+        for (path, to_stderr) in [(&self.addresses.stdout, false), (&self.addresses.stderr, true)] {
+            if !is_fifo(path) {
                 continue;
             }
-            let fifo = sys::fifo::open_reader(Path::new(path))
-                .with_context(|| format!("cannot open fifo {path}"))?;
-            let fifo = sys::fifo::watch(fifo)?;
+            let fifo = sys::fifo::watch(open_output(path)?)?;
             let finished = finished.subscribe();
             outputs.push(tokio::spawn(drain(fifo, to_stderr, finished)));
         }
         // Both ends open: nothing is lost before the shim opens its own, nor when it is not yet there.
-        let stdin = match sys::fifo::is_fifo(Path::new(&self.stdin)) {
-            true => Some(sys::fifo::open_lasting_writer(Path::new(&self.stdin))?),
+        let stdin = match is_fifo(&self.addresses.stdin) {
+            true => Some(sys::fifo::open_lasting_writer(Path::new(&self.addresses.stdin))?),
             false => None,
         };
         Ok(Copies { outputs, finished, stdin, input_closed: Arc::new(Notify::new()), _streams: self })
     }
 }
 
-fn sys_create_private(path: &Path) -> anyhow::Result<()> {
+fn is_fifo(path: &str) -> bool {
+    sys::fifo::is_fifo(Path::new(path))
+}
+
+fn open_output(path: &str) -> anyhow::Result<OwnedFd> {
+    sys::fifo::open_reader(Path::new(path)).with_context(|| format!("cannot open fifo {path}"))
+}
+
+fn create_private(path: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new()
         .mode(0o700)
@@ -305,14 +320,17 @@ mod tests {
     fn fifos_come_and_go() {
         let folder = tempfile::tempdir().unwrap();
         let streams = Streams::create("a", &choice(folder.path())).unwrap();
-        for path in [&streams.stdin, &streams.stdout, &streams.stderr] {
-            assert!(sys::fifo::is_fifo(Path::new(path)), "{path}");
+        let addresses = streams.addresses();
+        for path in [&addresses.stdin, &addresses.stdout, &addresses.stderr] {
+            assert!(is_fifo(path), "{path}");
         }
+        assert_eq!(streams.hold().unwrap().len(), 2);
         drop(streams);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
         let kept = Streams::create("a", &Choice { terminal: true, ..choice(folder.path()) }).unwrap();
-        assert!(kept.stderr.is_empty());
-        let paths = [kept.stdin.clone(), kept.stdout.clone()];
+        let addresses = kept.addresses();
+        assert!(addresses.stderr.is_empty());
+        let paths = [addresses.stdin, addresses.stdout];
         kept.keep();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
         remove_leftovers(paths.iter().map(String::as_str));
@@ -322,17 +340,17 @@ mod tests {
     #[test]
     fn uris_and_null_need_no_folder() {
         let null = Streams::create("a", &Choice { null: true, ..Choice::default() }).unwrap();
-        assert!(null.stdout.is_empty());
+        assert!(null.addresses().stdout.is_empty());
         let log = Choice { log_uri: Some("file:///tmp/x".into()), ..Choice::default() };
-        assert_eq!(Streams::create("a", &log).unwrap().stderr, "file:///tmp/x");
-        assert!(Streams::existing(String::new(), "file:///x".into(), String::new(), false).is_err());
+        assert_eq!(Streams::create("a", &log).unwrap().addresses().stderr, "file:///tmp/x");
+        assert!(Streams::existing(Addresses { stdout: "file:///x".into(), ..Addresses::default() }).is_err());
     }
 
     #[tokio::test]
     async fn output_is_drained_even_while_a_writer_stays() {
         let folder = tempfile::tempdir().unwrap();
         let streams = Streams::create("a", &choice(folder.path())).unwrap();
-        let out = PathBuf::from(&streams.stdout);
+        let out = PathBuf::from(streams.addresses().stdout);
         let copies = streams.copy().unwrap();
         let writer = sys::fifo::open_lasting_writer(&out).unwrap();
         rustix::io::write(&writer, b"\n").unwrap();

@@ -8,7 +8,7 @@ use proto::containerd::services::tasks::v1::GetRequest;
 use crate::client::{Client, Tried};
 use crate::process::{Process, exit_code};
 use crate::signals::Received;
-use crate::stdio::{Streams, Terminal, remove_leftovers};
+use crate::stdio::{Addresses, Streams, Terminal, remove_leftovers};
 
 /// Take over the streams of a container that was started detached
 ///
@@ -25,8 +25,12 @@ impl Attach {
         let task = client.tasks().get(request).await.tried(|| format!("find task {}", self.id))?;
         let task = task.process.unwrap_or_default();
         let mut signals = Received::listen()?;
-        let streams =
-            Streams::existing(task.stdin.clone(), task.stdout.clone(), task.stderr.clone(), task.terminal)?;
+        let streams = Streams::existing(Addresses {
+            stdin: task.stdin.clone(),
+            stdout: task.stdout.clone(),
+            stderr: task.stderr.clone(),
+            terminal: task.terminal,
+        })?;
         let terminal = task.terminal.then(Terminal::take).transpose()?;
         let process = Process::init(&client, &self.id);
         let waiting = process.wait();

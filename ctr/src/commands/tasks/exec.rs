@@ -80,24 +80,30 @@ impl Exec {
         };
         let streams = Streams::create(&self.exec_id, &choice)?;
         let terminal = (self.tty && !self.detach).then(Terminal::take).transpose()?;
+        let addresses = streams.addresses();
+        // Ends that somebody must hold while the shim opens its own; see Streams::hold.
+        let (ends, streams, copies) = match self.detach {
+            true => (streams.hold()?, Some(streams), None),
+            false => (Vec::new(), None, Some(streams.copy()?)),
+        };
         let request = ExecProcessRequest {
             container_id: self.id.clone(),
             exec_id: self.exec_id.clone(),
-            stdin: streams.stdin.clone(),
-            stdout: streams.stdout.clone(),
-            stderr: streams.stderr.clone(),
+            stdin: addresses.stdin,
+            stdout: addresses.stdout,
+            stderr: addresses.stderr,
             terminal: self.tty,
             spec: Some(proto::any::wrap(proto::any::PROCESS, document)),
         };
         client.tasks().exec(request).await.tried(|| format!("add exec {} to {}", self.exec_id, self.id))?;
         let process = Process::exec(&client, &self.id, &self.exec_id);
         let ended = async {
-            if self.detach {
+            let Some(mut copies) = copies else {
                 self.begin(&client).await?;
-                streams.keep();
+                streams.map(Streams::keep);
+                drop(ends);
                 return Ok(ExitCode::SUCCESS);
-            }
-            let mut copies = streams.copy()?;
+            };
             copies.feed()?;
             let _input = process.close_input_after(&copies);
             let waiting = process.wait();

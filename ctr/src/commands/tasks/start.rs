@@ -1,5 +1,6 @@
 //! `ctr tasks start`, and the part of `ctr run` that is the same.
 
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -12,7 +13,7 @@ use crate::commands::run::TaskArgs;
 use crate::container;
 use crate::process::{Process, exit_code};
 use crate::signals::Received;
-use crate::stdio::{Streams, Terminal};
+use crate::stdio::{Copies, Streams, Terminal};
 
 /// Start a container that has been created
 #[derive(Debug, Args)]
@@ -28,6 +29,13 @@ impl Start {
         let container = container::get(&client, &self.id).await?;
         start(&client, &container, &self.task).await.map(Started::exit_code)
     }
+}
+
+/// What happens with a process's output.
+enum Output {
+    /// It stays in the fifos for whoever attaches. The ends are held open until the process runs.
+    Kept(Vec<OwnedFd>, Streams),
+    Copied(Copies),
 }
 
 /// What became of a start.
@@ -62,18 +70,24 @@ pub(crate) async fn start(
     let terminal = (wants_terminal && !args.detach).then(Terminal::take).transpose()?;
     let process = Process::init(client, &container.id);
 
-    let pid = container::create_task(client, container, &streams, args.no_pivot).await?;
+    let addresses = streams.addresses();
+    let output =
+        if args.detach { Output::Kept(streams.hold()?, streams) } else { Output::Copied(streams.copy()?) };
+    let pid = container::create_task(client, container, addresses, args.no_pivot).await?;
     let begun = async {
         if let Some(path) = &args.pid_file {
             std::fs::write(path, pid.to_string())
                 .with_context(|| format!("cannot write {}", path.display()))?;
         }
-        if args.detach {
-            run(client, container).await?;
-            streams.keep();
-            return Ok(Started::Detached);
-        }
-        let mut copies = streams.copy()?;
+        let mut copies = match output {
+            Output::Kept(ends, streams) => {
+                run(client, container).await?;
+                streams.keep();
+                drop(ends);
+                return Ok(Started::Detached);
+            }
+            Output::Copied(copies) => copies,
+        };
         copies.feed()?;
         let _input = process.close_input_after(&copies);
         let waiting = process.wait();
