@@ -76,10 +76,17 @@ impl Stock {
 
     fn run(&self, more: &[&str], id: &str, script: &str) -> Output {
         let rootfs = self.folder.path().join("rootfs");
+        let fifos = self.fifos();
         let mut arguments = vec!["run", "--env", "PATH=/bin", "--runtime", "io.containerd.runc.v2"];
+        arguments.extend(["--fifo-dir", &fifos]);
         arguments.extend(more);
         arguments.extend(["--rootfs", rootfs.to_str().unwrap(), id, "/bin/sh", "-c", script]);
         self.ctr(&arguments)
+    }
+
+    /// ctr leaves the fifos of detached containers behind: better here than in /run.
+    fn fifos(&self) -> String {
+        self.folder.path().join("fifo").display().to_string()
     }
 
     fn status(&self, id: &str) -> String {
@@ -150,7 +157,9 @@ fn stock_containerd_drives_our_shim() {
     let waits = "while [ ! -e /tmp/go ]; do sleep 0.05; done; exit 9";
     assert!(stock.run(&["-d"], "leaves", waits).status.success());
     let exec = |stock: &Stock, id: &str, script: &str| {
-        stock.ctr(&["task", "exec", "--exec-id", id, "long", "/bin/sh", "-c", script])
+        let fifos = stock.fifos();
+        let command = ["--exec-id", id, "long", "/bin/sh", "-c", script];
+        stock.ctr(&[&["task", "exec", "--fifo-dir", &fifos][..], &command].concat())
     };
     let output = exec(&stock, "one", "echo out; exit 5");
     assert_eq!((output.status.code(), text(&output).as_str()), (Some(5), "out\n"));
