@@ -45,7 +45,7 @@ const LABEL_LIMIT: usize = 4096;
 pub(crate) struct SpecArgs {
     /// Image (or folder, with --rootfs), container id, then command and arguments; with --config the id alone
     #[arg(
-        value_name = "IMAGE|ROOTFS> <ID> [COMMAND] [ARG]...",
+        value_name = "IMAGE|ROOTFS ID COMMAND",
         required = true,
         trailing_var_arg = true,
         allow_hyphen_values = true

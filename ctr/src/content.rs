@@ -86,6 +86,8 @@ pub(crate) async fn write_bytes(
 pub(crate) struct Wanted {
     /// Name of the ingest; made up when `None`.
     pub(crate) reference: Option<String>,
+    /// What messages call it while its digest is not known.
+    pub(crate) name: Option<String>,
     /// Exact size in bytes.
     pub(crate) size: Option<u64>,
     /// Exact digest.
@@ -113,7 +115,8 @@ pub(crate) fn write(
 ) -> anyhow::Result<Written> {
     let runtime = tokio::runtime::Handle::current();
     let reference = wanted.reference.clone().unwrap_or_else(|| unique("ctr-ingest"));
-    let what = wanted.digest.as_ref().map_or_else(|| reference.clone(), Digest::to_string);
+    let what = wanted.digest.as_ref().map(Digest::to_string);
+    let what = what.or_else(|| wanted.name.clone()).unwrap_or_else(|| reference.clone());
     let expected = wanted.digest.as_ref().map(Digest::to_string).unwrap_or_default();
     let total = wanted.size.map_or(0, |size| size as i64);
     let (sender, receiver) = mpsc::channel(2);

@@ -206,7 +206,7 @@ fn put(
         }
     }
     let head = head[..filled].to_vec();
-    let wanted = Wanted { size: Some(size), digest, ..Wanted::default() };
+    let wanted = Wanted { name: Some(name.to_owned()), size: Some(size), digest, ..Wanted::default() };
     let written = store.put(&mut (&head[..]).chain(member), &wanted, name)?;
     Ok(Stored { descriptor: Descriptor::new("", written.digest, written.size), head })
 }

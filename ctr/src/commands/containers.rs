@@ -43,6 +43,7 @@ impl Command {
 
 /// Create a container without starting it
 #[derive(Debug, Args)]
+#[command(override_usage = "ctr containers create [OPTIONS] IMAGE|ROOTFS ID [COMMAND] [ARG]...")]
 pub(crate) struct Create {
     #[command(flatten)]
     spec: SpecArgs,

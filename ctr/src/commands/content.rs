@@ -123,6 +123,7 @@ pub(crate) struct Ingest {
 impl Ingest {
     async fn run(self, client: Client) -> anyhow::Result<()> {
         let wanted = Wanted {
+            name: None,
             reference: Some(self.reference),
             size: self.expected_size,
             digest: self.expected_digest,

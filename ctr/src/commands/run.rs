@@ -16,6 +16,9 @@ use crate::stdio::Choice;
 /// Creates a container from an image and starts its task. In the foreground, signals, window size and
 /// stdin go to the process, and ctr exits with its code.
 #[derive(Debug, Args)]
+#[command(
+    override_usage = "ctr run [OPTIONS] IMAGE|ROOTFS ID [COMMAND] [ARG]...\n       ctr run [OPTIONS] --config FILE ID"
+)]
 pub(crate) struct Run {
     /// Remove the container when its process has ended
     #[arg(long, conflicts_with = "detach")]

@@ -2,10 +2,12 @@
 
 use std::process::ExitCode;
 
+use anyhow::ensure;
 use clap::Args;
 use proto::containerd::services::tasks::v1::GetRequest;
+use proto::containerd::v1::types::Status;
 
-use crate::client::{Client, Tried, code_of};
+use crate::client::{Client, Tried};
 use crate::process::{Process, exit_code};
 use crate::stdio::remove_leftovers;
 
@@ -27,7 +29,7 @@ pub(crate) struct Delete {
 impl Delete {
     pub(crate) async fn run(self, client: Client) -> anyhow::Result<ExitCode> {
         if let Some(exec) = &self.exec_id {
-            anyhow::ensure!(self.ids.len() == 1, "--exec-id goes with one container");
+            ensure!(self.ids.len() == 1, "--exec-id goes with one container");
             let status = self.delete(&client, &self.ids[0], exec).await?;
             return Ok(exit_code(status));
         }
@@ -50,14 +52,14 @@ impl Delete {
         let found = client.tasks().get(request).await.tried(|| format!("find task {id}"))?;
         let found = found.process.unwrap_or_default();
         let process = Process::exec(client, id, exec);
-        let status = match self.force {
-            true => process.delete_by_force().await?.unwrap_or_default(),
-            false => process.delete().await.map_err(|error| match code_of(&error) {
-                Some(tonic::Code::FailedPrecondition) => {
-                    error.context("it still runs; kill it, or use --force")
-                }
-                _ => error,
-            })?,
+        let status = if self.force {
+            process.delete_by_force().await?.unwrap_or_default()
+        } else {
+            ensure!(
+                !matches!(found.status(), Status::Running | Status::Pausing | Status::Paused),
+                "cannot delete task {id}: it still runs; stop it with `ctr tasks kill {id}`, or use --force"
+            );
+            process.delete().await?
         };
         remove_leftovers([found.stdin.as_str(), &found.stdout, &found.stderr]);
         Ok(status)

@@ -100,7 +100,9 @@ impl Exec {
         let ended = async {
             let Some(mut copies) = copies else {
                 self.begin(&client).await?;
-                streams.map(Streams::keep);
+                if let Some(streams) = streams {
+                    streams.keep();
+                }
                 drop(ends);
                 return Ok(ExitCode::SUCCESS);
             };
