@@ -5,7 +5,8 @@
 //! ```
 //!
 //! Invariants: a record names a snapshot that the snapshotter has, because it is written after the snapshot is there and
-//! deleted before it goes. What a crash leaves between the two has no record, and goes at the next start.
+//! deleted before it goes. What a crash leaves between the two has no record, and goes at the next start. A commit, which
+//! takes one inner key away for another, is recorded before it begins, and is brought to its end at the next start.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -23,7 +24,7 @@ use crate::filters::{self, Filter};
 use crate::labels::{self, Labels};
 use crate::leases;
 use crate::metadata::leases::LeaseResource;
-use crate::metadata::snapshots::{SnapshotChild, SnapshotRecord};
+use crate::metadata::snapshots::{CommitRecord, SnapshotChild, SnapshotRecord};
 use crate::metadata::{Metadata, Read, Transaction};
 
 /// The label that names the snapshot that a prepared one is to become.
@@ -103,6 +104,7 @@ impl Snapshots {
 
     /// Brings records and snapshotter together after whatever ended the last run.
     fn reconcile(&self, name: &str, opened: &Opened) -> Result<()> {
+        self.end_commits(name, opened)?;
         let mut named: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (parts, record) in self.metadata.view().list::<SnapshotRecord>(&[]) {
             if parts.get(1).is_some_and(|of| of == name) {
@@ -155,6 +157,24 @@ impl Snapshots {
             }
             Ok(())
         })
+    }
+
+    /// Brings commits that the last run began to the end that the snapshotter came to.
+    fn end_commits(&self, name: &str, opened: &Opened) -> Result<()> {
+        for (parts, _) in self.metadata.view().list::<CommitRecord>(&[]) {
+            let Ok([namespace, of, inner]) = <[String; 3]>::try_from(parts) else { continue };
+            if of != name {
+                continue;
+            }
+            let done = match opened.snapshotter.stat(&inner) {
+                Ok(_) => true,
+                Err(InnerError::NotFound(_)) => false,
+                Err(error) => return Err(convert(&inner, &error)),
+            };
+            tracing::info!(snapshotter = name, inner, done, "ending a commit of an earlier run");
+            self.metadata.commit_blocking(move |txn| end_commit(txn, &namespace, &of, &inner, done))?;
+        }
+        Ok(())
     }
 
     /// The snapshotters that are open, with their folders.
@@ -229,13 +249,10 @@ impl Snapshots {
                 this.metadata
                     .commit(move |txn| {
                         let key = [namespace.as_str(), &name, &new.key];
-                        if txn.has::<SnapshotRecord>(&key)? {
-                            return Err(Error::already_exists(format!(
-                                "snapshot {:?} exists already",
-                                new.key
-                            )));
-                        }
                         leases::join(txn, &context, &resource_type(&name), &new.key)?;
+                        if txn.has::<SnapshotRecord>(&key)? {
+                            return Ok(false);
+                        }
                         let now = Some(SystemTime::now().into());
                         let record = SnapshotRecord {
                             inner,
@@ -244,11 +261,18 @@ impl Snapshots {
                             created: now,
                             updated: now,
                         };
-                        put_record(txn, namespace.as_str(), &name, &new.key, &record)
+                        put_record(txn, namespace.as_str(), &name, &new.key, &record)?;
+                        Ok(true)
                     })
                     .await
             };
-            if let Err(error) = recorded {
+            let refused = match recorded {
+                Ok(true) => None,
+                // Another call was faster.
+                Ok(false) => Some(exists(&new.key)),
+                Err(error) => Some(error),
+            };
+            if let Some(error) = refused {
                 remove_inner(snapshotter, inner).await;
                 return Err(error);
             }
@@ -273,7 +297,7 @@ impl Snapshots {
     }
 
     async fn join_existing(&self, context: RequestContext, name: String, key: String) -> Error {
-        let exists = Error::already_exists(format!("snapshot {key:?} exists already"));
+        let exists = exists(&key);
         if context.lease().is_none() {
             return exists;
         }
@@ -309,37 +333,53 @@ impl Snapshots {
             if this.metadata.view().has::<SnapshotRecord>(&[namespace.as_str(), &name, &layer])? {
                 return Err(this.join_existing(context, name, layer).await);
             }
-            let active = this.record(&context, &name, &key)?;
+            let active = this.record(&context, &name, &key)?.inner;
             let number = this.number.fetch_add(1, Ordering::Relaxed);
             let inner = format!("{namespace}/{number}/{layer}");
+            let intent = CommitRecord {
+                key: key.clone(),
+                inner: active.clone(),
+                layer: layer.clone(),
+                labels: labels.clone(),
+                lease: context.lease().unwrap_or_default().to_owned(),
+            };
             {
-                let (inner, key, labels) = (inner.clone(), key.clone(), inherited(&labels));
-                blocking(move || {
-                    snapshotter.commit(&inner, &active.inner, &labels).map_err(|error| convert(&key, &error))
-                })
-                .await?;
+                let (name, namespace, inner) = (name.clone(), namespace.clone(), inner.clone());
+                this.metadata
+                    .commit(move |txn| {
+                        leases::join(txn, &context, &resource_type(&name), &intent.layer)?;
+                        txn.put(&[namespace.as_str(), &name, &inner], &intent)
+                    })
+                    .await?;
             }
-            let event = SnapshotCommit { key: key.clone(), name: layer.clone(), snapshotter: name.clone() };
-            let of = namespace.clone();
-            this.metadata
-                .commit(move |txn| {
-                    let namespace = of.as_str();
-                    if txn.has::<SnapshotRecord>(&[namespace, &name, &layer])? {
-                        return Err(Error::already_exists(format!("snapshot {layer:?} exists already")));
-                    }
-                    let Some(mut record) = delete_record(txn, namespace, &name, &key)? else {
-                        return Err(missing(&key));
-                    };
-                    if let Some(lease) = context.lease() {
-                        txn.delete::<LeaseResource>(&[namespace, lease, &resource_type(&name), &key])?;
-                    }
-                    leases::join(txn, &context, &resource_type(&name), &layer)?;
-                    (record.inner, record.labels) = (inner, labels);
-                    let now = Some(SystemTime::now().into());
-                    (record.created, record.updated) = (now, now);
-                    put_record(txn, namespace, &name, &layer, &record)
+            let committed = {
+                let (snapshotter, inner, key) = (snapshotter.clone(), inner.clone(), key.clone());
+                let labels = inherited(&labels);
+                blocking(move || {
+                    snapshotter.commit(&inner, &active, &labels).map_err(|error| convert(&key, &error))
                 })
-                .await?;
+                .await
+            };
+            let event = SnapshotCommit { key: key.clone(), name: layer.clone(), snapshotter: name.clone() };
+            let done = committed.is_ok();
+            let ended = {
+                let (name, namespace, inner) = (name.clone(), namespace.clone(), inner.clone());
+                this.metadata
+                    .commit(move |txn| end_commit(txn, namespace.as_str(), &name, &inner, done))
+                    .await
+            };
+            committed?;
+            match ended? {
+                Ended::Committed => {}
+                Ended::Exists => {
+                    remove_inner(snapshotter, inner).await;
+                    return Err(exists(&layer));
+                }
+                Ended::Gone => {
+                    remove_inner(snapshotter, inner).await;
+                    return Err(missing(&key));
+                }
+            }
             this.events.publish(&namespace, "/snapshot/commit", &event);
             Ok(())
         })
@@ -484,6 +524,10 @@ fn missing(key: &str) -> Error {
     Error::not_found(format!("snapshot {key:?} does not exist"))
 }
 
+fn exists(key: &str) -> Error {
+    Error::already_exists(format!("snapshot {key:?} exists already"))
+}
+
 fn resource_type(snapshotter: &str) -> String {
     format!("{}{snapshotter}", leases::SNAPSHOTS)
 }
@@ -496,6 +540,39 @@ fn inherited(labels: &Labels) -> Labels {
 fn info(snapshotter: &dyn Snapshotter, key: String, record: SnapshotRecord) -> Result<Info> {
     let inner = snapshotter.stat(&record.inner).map_err(|error| convert(&key, &error))?;
     Ok(Info { key, kind: inner.kind, record })
+}
+
+/// How the commit of a snapshot ended in the records.
+enum Ended {
+    Committed,
+    /// Another was faster to make this layer.
+    Exists,
+    /// The snapshotter refused, or the active snapshot was removed meanwhile.
+    Gone,
+}
+
+/// Within a commit: ends the commit of a snapshot, which the snapshotter has `done` or not. The active snapshot is gone
+/// from the snapshotter when it has, whatever becomes of the layer.
+fn end_commit(txn: &mut Transaction, namespace: &str, name: &str, inner: &str, done: bool) -> Result<Ended> {
+    let intent = txn.get::<CommitRecord>(&[namespace, name, inner])?;
+    txn.delete::<CommitRecord>(&[namespace, name, inner])?;
+    let Some(intent) = intent.filter(|_| done) else { return Ok(Ended::Gone) };
+    let active = txn.get::<SnapshotRecord>(&[namespace, name, &intent.key])?;
+    if active.is_none_or(|active| active.inner != intent.inner) {
+        return Ok(Ended::Gone);
+    }
+    let Some(mut record) = delete_record(txn, namespace, name, &intent.key)? else { return Ok(Ended::Gone) };
+    if !intent.lease.is_empty() {
+        txn.delete::<LeaseResource>(&[namespace, &intent.lease, &resource_type(name), &intent.key])?;
+    }
+    if txn.has::<SnapshotRecord>(&[namespace, name, &intent.layer])? {
+        return Ok(Ended::Exists);
+    }
+    (record.inner, record.labels) = (inner.to_owned(), intent.labels);
+    let now = Some(SystemTime::now().into());
+    (record.created, record.updated) = (now, now);
+    put_record(txn, namespace, name, &intent.layer, &record)?;
+    Ok(Ended::Committed)
 }
 
 /// Within a commit: writes a record, and that its parent has a child.

@@ -493,3 +493,116 @@ fn lower_lists_with_escapes() {
     assert_eq!(split_lower("/a:/b\\:c:/d\\\\"), paths(&["/a", "/b:c", "/d\\"]));
     assert_eq!(split_lower(""), paths(&[]));
 }
+
+/// A store with one namespace, for what is made.
+struct Store {
+    _dir: tempfile::TempDir,
+    diff: Diff,
+    context: RequestContext,
+}
+
+fn store(bench: &Bench) -> Store {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().to_owned();
+    let mounts = bench.path("mounts");
+    // Opening blocks, which the tests' own threads must not.
+    let open = move || {
+        let metadata = crate::metadata::Metadata::open(&root.join("metadata")).unwrap();
+        let content =
+            Content::open(&root.join("content"), metadata, crate::events::Exchange::default()).unwrap();
+        Diff::open(content, mounts).unwrap()
+    };
+    let diff = std::thread::spawn(open).join().unwrap();
+    let context = RequestContext::internal(crate::context::Namespace::new("a").unwrap());
+    Store { _dir: dir, diff, context }
+}
+
+fn bind(path: &Path) -> Vec<Mount> {
+    let options = vec!["rbind".into(), "rw".into()];
+    vec![Mount { kind: "bind".into(), source: path.to_str().unwrap().into(), target: String::new(), options }]
+}
+
+#[tokio::test]
+async fn a_made_layer_makes_the_tree_again() {
+    let bench = Bench::new();
+    let store = store(&bench);
+    real_tree(&bench.path("lower"));
+    // The change is made through the kernel's overlay, and compared as mounts.
+    sys::mount::mount_all(&bench.overlay(), &bench.path("merged")).unwrap();
+    let script = "set -e
+        echo more >> etc/hello; rm -r nnn*; rm var/sparse; ln var/big var/big2; mkdir -p new/dir; echo x > new/dir/file
+        rm etc/deep/er -r; mkdir etc/deep/er; ln new/dir/file new/hard; ln -s nowhere new/link; mknod new/dev c 1 5
+        chmod 0700 bin; chown 7:3000000 tmp; touch -d '1999-01-01' tmp
+        long=$(printf 'm%.0s' $(seq 150)); mkdir -p new/$long/$long; ln -s $long/$long new/long; rm dev/pipe; mkdir dev/pipe";
+    let changed =
+        Command::new("sh").arg("-c").arg(script).current_dir(bench.path("merged")).status().unwrap();
+    assert!(changed.success());
+    let mut wanted_tree = tree(&bench.path("merged"));
+    sys::mount::unmount_all(&bench.path("merged")).unwrap();
+    for media_type in ["", media_type::OCI_LAYER, media_type::OCI_LAYER_ZSTD] {
+        let comparison = Comparison {
+            left: bind(&bench.path("lower")),
+            right: bench.overlay(),
+            media_type: media_type.into(),
+            ..Comparison::default()
+        };
+        let made = store.diff.compare(&store.context, comparison).await.unwrap();
+        assert!(made.size > 0);
+        let info = store.diff.content.info(&store.context, &made.digest.parse().unwrap()).unwrap();
+        let target = tempfile::tempdir().unwrap();
+        copy(&bench.path("lower"), target.path());
+        let applied =
+            store.diff.apply(&store.context, made.clone(), bind(target.path()), false).await.unwrap();
+        match media_type {
+            media_type::OCI_LAYER => assert_eq!(applied.digest, made.digest),
+            _ => assert_eq!(info.labels["containerd.io/uncompressed"], applied.digest),
+        }
+        let mut unpacked = tree(target.path());
+        // Layers hold whole seconds, and times of folders change with what is done in them.
+        let whole = |tree: &mut BTreeMap<String, String>| {
+            for what in tree.values_mut() {
+                let dot = what.find('.').unwrap();
+                what.replace_range(dot..dot + 10, "");
+            }
+        };
+        whole(&mut unpacked);
+        let mut wanted = std::mem::take(&mut wanted_tree);
+        wanted_tree.clone_from(&wanted);
+        whole(&mut wanted);
+        for (path, what) in &wanted {
+            assert!(path.contains("nnn") || unpacked.contains_key(path), "{path} is missing");
+            if what.starts_with("dir") || path.starts_with("var/big") {
+                continue;
+            }
+            // Without the number of links: overlayfs shows the old one of a file whose other name was copied up.
+            let facts = |what: &str| what.split_once(' ').map(|(_, facts)| facts.to_owned());
+            assert_eq!(unpacked.get(path).and_then(|what| facts(what)), facts(what), "{path}");
+        }
+        assert_eq!(unpacked.len(), wanted.len());
+        // Overlayfs does not keep links of what it copies up; both names are there with the bytes.
+        assert_eq!(
+            std::fs::read(target.path().join("var/big")).unwrap(),
+            std::fs::read(target.path().join("var/big2")).unwrap()
+        );
+    }
+    assert_eq!(std::fs::read_dir(bench.path("mounts")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn comparisons_that_cannot_be() {
+    let bench = Bench::new();
+    let store = store(&bench);
+    let with = |media_type: &str, right| Comparison {
+        media_type: media_type.into(),
+        right,
+        ..Comparison::default()
+    };
+    let compare = async |comparison| store.diff.compare(&store.context, comparison).await.unwrap_err();
+    assert!(matches!(compare(with("text/html", bind(&bench.path("lower")))).await, Error::Unimplemented(_)));
+    assert!(matches!(compare(with("", Vec::new())).await, Error::InvalidArgument(_)));
+    let empty = store.diff.compare(&store.context, with("", bind(&bench.path("lower")))).await.unwrap();
+    let again = store.diff.compare(&store.context, with("", bind(&bench.path("lower")))).await.unwrap();
+    assert_eq!(empty, again);
+    let left = store.diff.content.list_statuses(&store.context, &[]).await.unwrap();
+    assert!(left.is_empty(), "no ingest stays: {left:?}");
+}

@@ -36,7 +36,7 @@ const OVERLAY_OPAQUE: &str = "trusted.overlay.opaque";
 const DEPTH: usize = 512;
 
 /// Where a layer is unpacked to.
-pub struct Target {
+pub(super) struct Target {
     root: Root,
     /// Whether the root is an overlay's upper folder: then whiteouts are overlayfs's own marks.
     overlay: bool,
@@ -51,7 +51,7 @@ pub struct Target {
 
 impl Target {
     /// A folder in which all layers so far are merged: whiteouts remove.
-    pub fn plain(root: Root) -> Self {
+    pub(super) fn plain(root: Root) -> Self {
         Target {
             root,
             overlay: false,
@@ -64,12 +64,12 @@ impl Target {
 
     /// An overlay's upper folder; the lower ones, the nearest first, lend their attributes to folders that the layer
     /// needs and does not list.
-    pub fn overlay(root: Root, lower: Vec<Root>) -> Self {
+    pub(super) fn overlay(root: Root, lower: Vec<Root>) -> Self {
         Target { overlay: true, lower, ..Target::plain(root) }
     }
 
     /// Unpacks all members. What was unpacked before an error stays: the caller throws the snapshot away.
-    pub fn unpack<R: BufRead>(&mut self, archive: &mut Archive<R>) -> Result<()> {
+    pub(super) fn unpack<R: BufRead>(&mut self, archive: &mut Archive<R>) -> Result<()> {
         while let Some(member) = archive.next().map_err(archive_error)? {
             self.member(archive, &member)?;
         }
@@ -93,7 +93,7 @@ impl Target {
     }
 
     /// Writes what was unpacked to disk.
-    pub fn sync(&self) -> io::Result<()> {
+    pub(super) fn sync(&self) -> io::Result<()> {
         self.root.sync()
     }
 

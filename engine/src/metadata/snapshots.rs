@@ -1,5 +1,6 @@
-//! Records of snapshots: `snapshots NAMESPACE SNAPSHOTTER KEY`, and the children of each:
-//! `snapshot-children NAMESPACE SNAPSHOTTER PARENT CHILD`.
+//! Records of snapshots: `snapshots NAMESPACE SNAPSHOTTER KEY`, the children of each:
+//! `snapshot-children NAMESPACE SNAPSHOTTER PARENT CHILD`, and commits under way:
+//! `snapshot-commits NAMESPACE SNAPSHOTTER INNER`, with the new layer's inner key.
 
 use std::collections::BTreeMap;
 
@@ -37,4 +38,28 @@ pub struct SnapshotChild {}
 
 impl Record for SnapshotChild {
     const TABLE: &'static str = "snapshot-children";
+}
+
+/// A commit that has begun: written before the snapshotter is asked, so that a restart can tell what to make of it.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CommitRecord {
+    /// The key of the active snapshot.
+    #[prost(string, tag = "1")]
+    pub key: String,
+    /// The inner key of the active snapshot.
+    #[prost(string, tag = "2")]
+    pub inner: String,
+    /// The name of the layer.
+    #[prost(string, tag = "3")]
+    pub layer: String,
+    /// The labels of the layer.
+    #[prost(btree_map = "string, string", tag = "4")]
+    pub labels: BTreeMap<String, String>,
+    /// The lease of the request; empty for none.
+    #[prost(string, tag = "5")]
+    pub lease: String,
+}
+
+impl Record for CommitRecord {
+    const TABLE: &'static str = "snapshot-commits";
 }

@@ -280,3 +280,66 @@ async fn a_restart_finds_all_and_cleans_what_was_half_made() {
     bench.prepare(&a, name, "more", "two").await.unwrap();
     assert_eq!(bench.inner(name).len(), 3);
 }
+
+#[tokio::test]
+async fn a_commit_cut_off_is_brought_to_its_end() {
+    let bench = Bench::new();
+    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    bench.layer(&a, name, "one", "").await;
+    for key in ["done", "undone"] {
+        bench.prepare(&a, name, key, "one").await.unwrap();
+        let inner = bench.snapshots.stat(&a, name, key).await.unwrap().record.inner;
+        let layer = format!("layer-{key}");
+        let labels = labels(&[("k", "v")]);
+        let intent =
+            CommitRecord { key: key.into(), inner: inner.clone(), layer, labels, lease: String::new() };
+        let new = format!("a/{}/x", if key == "done" { 801 } else { 802 });
+        let of = new.clone();
+        bench.metadata.commit(move |txn| txn.put(&["a", name, &of], &intent)).await.unwrap();
+        if key == "done" {
+            bench.snapshots.snapshotters[name].snapshotter.commit(&new, &inner, &Labels::new()).unwrap();
+        }
+    }
+    // Killed between the snapshotter's commit and the record's; and before both.
+    let bench = bench.restart();
+    assert_eq!(bench.keys(&a, name, "").await, ["layer-done", "one", "undone"]);
+    let layer = bench.snapshots.stat(&a, name, "layer-done").await.unwrap();
+    assert_eq!((layer.kind, layer.record.parent.as_str()), (Kind::Committed, "one"));
+    assert_eq!(layer.record.labels, labels(&[("k", "v")]));
+    assert!(!bench.metadata.view().any::<CommitRecord>(&[]));
+    assert_eq!(class(bench.remove(&a, name, "one").await), "failed precondition");
+    bench.commit(&a, name, "layer-undone", "undone").await.unwrap();
+    for key in ["layer-done", "layer-undone", "one"] {
+        bench.remove(&a, name, key).await.unwrap();
+    }
+    assert!(bench.inner(name).is_empty());
+}
+
+#[tokio::test]
+async fn racing_commits_make_one_layer() {
+    let bench = Bench::new();
+    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    let mut tasks = Vec::new();
+    for number in 0..6 {
+        let key = format!("extract-{number}");
+        bench.prepare(&a, name, &key, "").await.unwrap();
+        let (snapshots, a) = (bench.snapshots.clone(), a.clone());
+        tasks.push(tokio::spawn(async move {
+            snapshots.commit(&a, name, "layer".into(), key, Labels::new()).await
+        }));
+    }
+    let mut won = 0;
+    for task in tasks {
+        match task.await.unwrap() {
+            Ok(()) => won += 1,
+            Err(Error::AlreadyExists(_)) => {}
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(won, 1);
+    for key in bench.keys(&a, name, "").await {
+        bench.remove(&a, name, &key).await.unwrap();
+    }
+    assert!(bench.inner(name).is_empty(), "records and snapshotter agree");
+    assert!(!bench.metadata.view().any::<CommitRecord>(&[]));
+}
