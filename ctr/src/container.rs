@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use oci::Platform;
-use oci::image::ImageConfig;
+use oci::image::{ContainerDefaults, ImageConfig};
 use oci::platform::Matcher;
 use oci::runtime::{Device, Rlimit, Spec};
 use oci::spec::{ALL_CAPABILITIES, parse_mount};
@@ -235,8 +235,10 @@ pub(crate) async fn create(client: &Client, args: &SpecArgs) -> anyhow::Result<C
             Document::Built(spec) => {
                 let root = std::path::absolute(positions.source)?;
                 ensure!(root.is_dir(), "{} is not a folder to run from", root.display());
-                spec.set_root(&root.display().to_string()).set_args(positions.command);
                 ensure!(!positions.command.is_empty(), "no command: with --rootfs, give one after the id");
+                // A folder brings no defaults of its own, but a PATH is wanted all the same.
+                spec.set_root(&root.display().to_string())
+                    .apply_image(&ContainerDefaults::default(), positions.command)?;
                 Some(root)
             }
             Document::Given(_) => None,

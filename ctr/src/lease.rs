@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use proto::containerd::services::leases::v1::{CreateRequest, DeleteRequest};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::client::{Client, Tried};
 
@@ -28,12 +29,28 @@ pub(crate) async fn within<T, F: Future<Output = anyhow::Result<T>>>(
     let id = unique("ctr");
     let created = client.leases().create(CreateRequest { id, labels }).await.tried(|| "create a lease")?;
     let id = created.lease.unwrap_or_default().id;
-    let result = async { work(client.with_lease(&id)?).await }.await;
+    let leased = client.with_lease(&id)?;
+    let result = tokio::select! {
+        result = work(leased) => result,
+        // What is half made has no name yet: without the lease it goes with the next collection.
+        interrupted = interruption() => interrupted.and_then(|()| Err(anyhow::anyhow!("interrupted"))),
+    };
     let ended = client.leases().delete(DeleteRequest { id: id.clone(), sync: false }).await;
     match (result, ended.tried(|| format!("delete lease {id}"))) {
         (Ok(value), Ok(())) => Ok(value),
         (Ok(_), Err(error)) | (Err(error), _) => Err(error),
     }
+}
+
+/// Resolves when ctr is asked to end.
+async fn interruption() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
 }
 
 /// A name nobody else uses: prefix, process and time.

@@ -127,7 +127,7 @@ impl Daemon {
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
         let sockets = [self.config.grpc.path.clone(), self.config.ttrpc.path.clone()];
 
-        let shims = tokio::spawn(shim_events::serve(self.ttrpc, self.events.clone()));
+        let shims = tokio::spawn(shim_events::serve(self.ttrpc, self.tasks.clone()));
         // Before clients are served, so that none sees a container whose task is not there yet.
         self.tasks.restore().await;
         if let Some(address) = self.config.metrics {
@@ -165,7 +165,8 @@ impl Daemon {
                 diff: self.diff
             })))
             .add_service(sized!(api::events::v1::events_server::EventsServer::new(events::Service {
-                events: self.events
+                events: self.events,
+                tasks: self.tasks.clone(),
             })))
             .add_service(sized!(api::images::v1::images_server::ImagesServer::new(images::Service {
                 images: self.images

@@ -68,7 +68,12 @@ impl Exchange {
     }
 
     /// Publishes a client's own event in its namespace.
-    pub fn publish_any(&self, namespace: &Namespace, topic: String, event: Option<prost_types::Any>) -> Result<()> {
+    pub fn publish_any(
+        &self,
+        namespace: &Namespace,
+        topic: String,
+        event: Option<prost_types::Any>,
+    ) -> Result<()> {
         let timestamp = Some(std::time::SystemTime::now().into());
         self.forward(Envelope { timestamp, namespace: namespace.to_string(), topic, event })
     }
@@ -110,9 +115,11 @@ impl Subscription {
     pub async fn next(&mut self) -> Option<Result<Arc<Envelope>>> {
         match self.queue.recv().await {
             Some(envelope) => Some(Ok(envelope)),
-            None if self.overrun.swap(false, Ordering::AcqRel) => Some(Err(Error::resource_exhausted(format!(
-                "the subscriber fell more than {QUEUE_MAX} events behind and was cut off; subscribe again and list anew"
-            )))),
+            None if self.overrun.swap(false, Ordering::AcqRel) => {
+                Some(Err(Error::resource_exhausted(format!(
+                    "the subscriber fell more than {QUEUE_MAX} events behind and was cut off; subscribe again and list anew"
+                ))))
+            }
             None => None,
         }
     }
@@ -122,7 +129,8 @@ impl Subscription {
 fn validate_topic(topic: &str) -> Result<()> {
     let valid = topic.strip_prefix('/').is_some_and(|rest| {
         rest.split('/').all(|part| {
-            !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+            !part.is_empty()
+                && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
         })
     });
     if valid {

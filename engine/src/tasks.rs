@@ -1,1 +1,561 @@
-//! Being written.
+//! Tasks: the running side of containers, each in the hands of a shim.
+//!
+//! ```text
+//!            create                        delete
+//!  (no task) ------> Creating --> Live ------------> (no task)
+//!                        |         | the shim dies
+//!                        | fails   v
+//!                        +-----> Dead --delete-----> (no task)
+//!                  (no task)
+//! ```
+//!
+//! `Creating` takes the name and is not visible. A `Live` task is what its shim says, asked each time: the engine keeps
+//! nothing that could be out of date. A `Dead` one lost its shim: it is cleaned up, its exit and delete are published,
+//! and it stays as a stopped task until it is deleted.
+//!
+//! Invariants: a name is free again as soon as a failed create or a delete has answered, with nothing left of the task.
+//! Nothing here waits for a slow create but that create itself. No lock is held while a shim is waited for.
+
+mod bundle;
+mod launch;
+mod restore;
+mod task;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures::stream::{self, StreamExt as _};
+use parking_lot::Mutex;
+use prost_types::Any;
+use proto::containerd::events::TaskExit;
+use proto::containerd::runc::v1::{CheckpointOptions, Options};
+use proto::containerd::services::containers::v1::Container;
+use proto::containerd::services::tasks::v1::{CreateTaskRequest, ExecProcessRequest};
+use proto::containerd::types::{Envelope, Metric};
+use proto::containerd::v1::types::{Process, ProcessInfo, Status};
+use shim_api::task as shim;
+
+use self::bundle::Bundles;
+use self::launch::{Launcher, ShimLog};
+use self::task::{Live, Phase, Task, from_shim};
+use crate::context::{Namespace, RequestContext, validate_identifier};
+use crate::error::{Error, Result, blocking, outlive};
+use crate::events::Exchange;
+use crate::filters::Filter;
+use crate::metadata::{Metadata, Read as _};
+
+pub use self::task::Exit;
+
+/// How long a shim may take to say what a process is; one that hangs is not to hang its callers.
+const STATE_LIMIT: Duration = Duration::from_secs(2);
+/// How long a shim may take to go once it has no container left.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(3);
+/// How long a shim may take over removing what a failed create left in it.
+const UNDO_LIMIT: Duration = Duration::from_secs(10);
+/// How many shims are asked at once for a list.
+const LIST_WIDTH: usize = 32;
+
+/// Where tasks are kept, and how their shims find the engine.
+#[derive(Debug, Clone)]
+pub struct TasksOptions {
+    /// The engine's root: work folders of runtimes.
+    pub root: PathBuf,
+    /// The engine's state: bundles.
+    pub state: PathBuf,
+    /// The gRPC socket.
+    pub grpc_address: PathBuf,
+    /// The ttrpc socket, where shims publish events.
+    pub ttrpc_address: PathBuf,
+    /// Where shims are looked for before PATH.
+    pub shim_dirs: Vec<PathBuf>,
+}
+
+/// The tasks of all namespaces; cheap to clone.
+#[derive(Clone)]
+pub struct Tasks {
+    bundles: Bundles,
+    launcher: Launcher,
+    metadata: Metadata,
+    events: Exchange,
+    tasks: Arc<Mutex<BTreeMap<Key, Arc<Task>>>>,
+}
+
+type Key = (Namespace, String);
+
+impl Tasks {
+    /// Tasks with these folders; [`Tasks::restore`] then finds those of an earlier engine.
+    pub fn open(options: TasksOptions, metadata: Metadata, events: Exchange) -> Result<Self> {
+        let bundles = Bundles::new(&options.root, &options.state);
+        for (folder, mode) in [(&bundles.state, 0o711), (&bundles.work, 0o711)] {
+            sys::fs::create_dir_all(folder, mode)
+                .map_err(|error| Error::io("create folder", folder, &error))?;
+        }
+        Ok(Tasks {
+            bundles,
+            launcher: Launcher::new(options.grpc_address, options.ttrpc_address, options.shim_dirs),
+            metadata,
+            events,
+            tasks: Arc::default(),
+        })
+    }
+
+    /// Makes the task of a container: its bundle, its shim, its init process, which waits for a start. The init's pid.
+    /// AlreadyExists while the container has a task, NotFound when the container or its runtime does not exist.
+    pub async fn create(&self, context: &RequestContext, request: CreateTaskRequest) -> Result<u32> {
+        let namespace = context.namespace()?.clone();
+        let id = request.container_id.clone();
+        validate_identifier("container id", &id)?;
+        let container = self.container(&namespace, &id)?;
+        let key = (namespace.clone(), id.clone());
+        let task = Task::new(namespace, id, self.bundles.bundle(&key.0, &key.1));
+        {
+            let mut tasks = self.tasks.lock();
+            if tasks.contains_key(&key) {
+                return Err(Error::already_exists(format!("container {:?} has a task already", key.1)));
+            }
+            tasks.insert(key, task.clone());
+        }
+        let this = self.clone();
+        outlive(async move {
+            let created = this.make(&task, &container, request).await;
+            if created.is_err() {
+                this.forget(&task);
+            }
+            created.map_err(|error| error.context(format!("create task {}", task.id)))
+        })
+        .await
+    }
+
+    async fn make(&self, task: &Arc<Task>, container: &Container, request: CreateTaskRequest) -> Result<u32> {
+        let runtime = container.runtime.clone().unwrap_or_default();
+        let name = if request.runtime_path.is_empty() { &runtime.name } else { &request.runtime_path };
+        let program = self.launcher.find(name)?;
+        let options = request.options.filter(|any| !any.value.is_empty()).or(runtime.options);
+        let checkpoint = checkpoint_path(request.checkpoint.is_some(), options.as_ref())?;
+        let spec = container.spec.as_ref().map(|any| any.value.clone()).unwrap_or_default();
+        let (bundle, noted) = (task.bundle.clone(), program.clone());
+        blocking(move || {
+            bundle.create(&spec)?;
+            // Before the shim starts, so that whatever happens from here on can be cleaned up by it.
+            bundle.note_program(&noted)
+        })
+        .await?;
+        let request = shim::CreateTaskRequest {
+            id: task.id.clone(),
+            bundle: task.bundle.path.display().to_string(),
+            rootfs: request.rootfs,
+            terminal: request.terminal,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            checkpoint,
+            options: options.clone(),
+            ..Default::default()
+        };
+        match self.start_shim(task, &program, options).await {
+            Ok(live) => match live.client.create(request).await {
+                Ok(created) => {
+                    self.went_live(task, live);
+                    Ok(created.pid)
+                }
+                Err(error) => {
+                    self.undo(task, &program, Some(&live)).await;
+                    Err(from_shim(error))
+                }
+            },
+            Err(error) => {
+                self.undo(task, &program, None).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_shim(&self, task: &Arc<Task>, program: &Path, options: Option<Any>) -> Result<Live> {
+        match ShimLog::follow(&task.bundle, &task.namespace, &task.id) {
+            Ok(log) => task.follows(log),
+            Err(error) => tracing::warn!(%error, id = task.id, "the shim's log cannot be read"),
+        }
+        let answer = self.launcher.start(program, &task.bundle, &task.namespace, &task.id, options).await?;
+        let live = Live::connect(&answer, &task.namespace).await?;
+        let bundle = task.bundle.clone();
+        blocking(move || bundle.note_shim(&answer)).await?;
+        Ok(live)
+    }
+
+    /// Makes the task visible, and sees to it if its shim dies.
+    fn went_live(&self, task: &Arc<Task>, live: Live) {
+        let client = live.client.clone();
+        task.set(Phase::Live(live));
+        let (this, task) = (self.clone(), task.clone());
+        tokio::spawn(async move {
+            client.closed().await;
+            if task.claim_end() {
+                this.clean_up_dead(&task).await;
+            }
+        });
+    }
+
+    /// Removes everything of a task whose create failed. What fails here is logged: the caller has an error already.
+    async fn undo(&self, task: &Arc<Task>, program: &Path, live: Option<&Live>) {
+        let mut clean = false;
+        if let Some(live) = live {
+            let request = shim::DeleteRequest { id: task.id.clone(), ..Default::default() };
+            let deleted = tokio::time::timeout(UNDO_LIMIT, live.client.delete(request)).await;
+            // A shim that knows no such container has taken back what it began.
+            clean = match deleted {
+                Ok(Ok(_)) => true,
+                Ok(Err(error)) => error.code == shim_api::Code::NotFound,
+                Err(_) => false,
+            };
+            clean &= self.end_shim(task, live).await;
+        }
+        if !clean {
+            self.kill_shim(task);
+            if let Err(error) = self.launcher.delete(program, &task.bundle, &task.namespace, &task.id).await {
+                tracing::warn!(%error, id = task.id, "after a failed create");
+            }
+        }
+        self.remove_bundle(task).await;
+    }
+
+    /// Lets a shim go that has this task no more; one that others share stays. Whether it went by itself.
+    async fn end_shim(&self, task: &Task, live: &Live) -> bool {
+        let request = shim::ShutdownRequest { id: task.id.clone(), now: false };
+        let ended = tokio::time::timeout(SHUTDOWN_LIMIT, async {
+            // Its connection may end before its answer comes.
+            let _ = live.client.shutdown(request).await;
+            if !self.is_shared(task, live) {
+                live.client.closed().await;
+            }
+        });
+        if ended.await.is_ok() {
+            return true;
+        }
+        tracing::warn!(id = task.id, namespace = %task.namespace, "the shim did not end within {SHUTDOWN_LIMIT:?}");
+        self.kill_shim(task);
+        false
+    }
+
+    /// Whether another task lives in the same shim.
+    fn is_shared(&self, task: &Task, live: &Live) -> bool {
+        let others: Vec<_> = self.tasks.lock().values().cloned().collect();
+        others
+            .iter()
+            .filter(|other| other.id != task.id || other.namespace != task.namespace)
+            .any(|other| other.live().is_some_and(|other| other.address == live.address))
+    }
+
+    /// Kills what was started for this bundle and still runs in it: a shim that hangs, with the runtimes it started.
+    fn kill_shim(&self, task: &Task) {
+        for pid in restore::processes_in(&task.bundle.path) {
+            tracing::warn!(pid, id = task.id, namespace = %task.namespace, "killing a shim that does not end");
+            restore::kill(pid);
+        }
+    }
+
+    async fn remove_bundle(&self, task: &Task) {
+        let bundle = task.bundle.clone();
+        if let Err(error) = blocking(move || bundle.remove()).await {
+            tracing::error!(%error, id = task.id, namespace = %task.namespace, "a bundle is left; the next start removes it");
+        }
+    }
+
+    fn forget(&self, task: &Arc<Task>) {
+        task.set(Phase::Gone);
+        let key = (task.namespace.clone(), task.id.clone());
+        let mut tasks = self.tasks.lock();
+        if tasks.get(&key).is_some_and(|other| Arc::ptr_eq(other, task)) {
+            tasks.remove(&key);
+        }
+    }
+
+    /// Starts the init process, or an exec added before; its pid.
+    pub async fn start(&self, context: &RequestContext, id: &str, exec_id: &str) -> Result<u32> {
+        let task = self.task(context, id)?;
+        let request = shim::StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned() };
+        outlive(async move { Ok(task.ask(|shim| async move { shim.start(request).await }).await?.pid) }).await
+    }
+
+    /// Removes a stopped task, with its shim when no other needs it; how its init ended.
+    pub async fn delete(&self, context: &RequestContext, id: &str) -> Result<Exit> {
+        self.container(context.namespace()?, id)?;
+        let task = self.task(context, id)?;
+        let this = self.clone();
+        outlive(async move {
+            let request = shim::DeleteRequest { id: task.id.clone(), ..Default::default() };
+            let exit = match task.phase() {
+                Phase::Live(live) => match live.client.delete(request).await {
+                    Ok(answer) if task.claim_end() => {
+                        this.end_shim(&task, &live).await;
+                        Exit::of(answer.pid, answer.exit_status, answer.exited_at)
+                    }
+                    // The shim died as it answered: what is left is being cleaned up.
+                    Ok(_) => task.died().await?,
+                    Err(error) if error.code == shim_api::Code::Closed => task.died().await?,
+                    Err(error) => return Err(from_shim(error)),
+                },
+                Phase::Dead { exit, clean } => {
+                    if !clean {
+                        this.run_delete(&task).await?;
+                    }
+                    exit
+                }
+                Phase::Creating | Phase::Gone => return Err(no_task(&task.id)),
+            };
+            // Of several that delete a dead task, one does.
+            if !task.leaves() {
+                return Err(no_task(&task.id));
+            }
+            this.remove_bundle(&task).await;
+            this.forget(&task);
+            Ok(exit)
+        })
+        .await
+    }
+
+    /// Removes a stopped exec; how it ended.
+    pub async fn delete_process(&self, context: &RequestContext, id: &str, exec_id: &str) -> Result<Exit> {
+        if exec_id.is_empty() {
+            return Err(Error::invalid_argument("the exec id is missing; a task is removed by Delete"));
+        }
+        let task = self.task(context, id)?;
+        let request = shim::DeleteRequest { id: id.to_owned(), exec_id: exec_id.to_owned() };
+        let answer = task.ask(|shim| async move { shim.delete(request).await }).await?;
+        Ok(Exit::of(answer.pid, answer.exit_status, answer.exited_at))
+    }
+
+    /// What a process is now.
+    pub async fn get(&self, context: &RequestContext, id: &str, exec_id: &str) -> Result<Process> {
+        self.task(context, id)?.process(exec_id, STATE_LIMIT).await
+    }
+
+    /// The tasks of the namespace. One whose shim does not answer in time is listed with the status UNKNOWN.
+    pub async fn list(&self, context: &RequestContext) -> Result<Vec<Process>> {
+        let tasks = self.of_namespace(context.namespace()?);
+        let found = stream::iter(tasks).map(|task| async move {
+            match task.process("", STATE_LIMIT).await {
+                Ok(process) => Some(process),
+                // Gone between listing and asking.
+                Err(Error::NotFound(_)) => None,
+                Err(error) => {
+                    tracing::warn!(%error, id = task.id, namespace = %task.namespace, "a task does not answer");
+                    Some(Process { id: task.id.clone(), status: Status::Unknown.into(), ..Default::default() })
+                }
+            }
+        });
+        Ok(found.buffered(LIST_WIDTH).filter_map(std::future::ready).collect().await)
+    }
+
+    /// Sends a signal to a process, or to all of the container. NotFound when the process is gone.
+    pub async fn kill(
+        &self,
+        context: &RequestContext,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<()> {
+        let task = self.task(context, id)?;
+        if matches!(task.phase(), Phase::Dead { .. }) {
+            return Err(Error::not_found(format!("the process of task {id} has ended")));
+        }
+        let request = shim::KillRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), signal, all };
+        task.ask(|shim| async move { shim.kill(request).await }).await
+    }
+
+    /// Adds a process to a running container; a start runs it. AlreadyExists when the exec id is taken.
+    pub async fn exec(&self, context: &RequestContext, request: ExecProcessRequest) -> Result<()> {
+        validate_identifier("exec id", &request.exec_id)?;
+        let task = self.task(context, &request.container_id)?;
+        if request.spec.is_none() {
+            return Err(Error::invalid_argument("the spec of the process to exec is missing"));
+        }
+        let request = shim::ExecProcessRequest {
+            id: request.container_id,
+            exec_id: request.exec_id,
+            terminal: request.terminal,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            spec: request.spec,
+        };
+        task.ask(|shim| async move { shim.exec(request).await }).await
+    }
+
+    /// Sets the size of a process's terminal, in characters.
+    pub async fn resize_pty(
+        &self,
+        context: &RequestContext,
+        id: &str,
+        exec_id: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<()> {
+        let task = self.task(context, id)?;
+        let request =
+            shim::ResizePtyRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), width, height };
+        task.ask(|shim| async move { shim.resize_pty(request).await }).await
+    }
+
+    /// Lets a process see the end of its standard input.
+    pub async fn close_io(
+        &self,
+        context: &RequestContext,
+        id: &str,
+        exec_id: &str,
+        stdin: bool,
+    ) -> Result<()> {
+        let task = self.task(context, id)?;
+        let request = shim::CloseIoRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), stdin };
+        task.ask(|shim| async move { shim.close_io(request).await }).await
+    }
+
+    /// Freezes a container.
+    pub async fn pause(&self, context: &RequestContext, id: &str) -> Result<()> {
+        let request = shim::PauseRequest { id: id.to_owned() };
+        self.task(context, id)?.ask(|shim| async move { shim.pause(request).await }).await
+    }
+
+    /// Thaws a container.
+    pub async fn resume(&self, context: &RequestContext, id: &str) -> Result<()> {
+        let request = shim::ResumeRequest { id: id.to_owned() };
+        self.task(context, id)?.ask(|shim| async move { shim.resume(request).await }).await
+    }
+
+    /// All processes of a container.
+    pub async fn pids(&self, context: &RequestContext, id: &str) -> Result<Vec<ProcessInfo>> {
+        let request = shim::PidsRequest { id: id.to_owned() };
+        let answer = self.task(context, id)?.ask(|shim| async move { shim.pids(request).await }).await?;
+        Ok(answer.processes)
+    }
+
+    /// Writes a container's state to the folder that the options name. Unimplemented without one: a checkpoint as
+    /// an image is made by clients from such a folder.
+    pub async fn checkpoint(&self, context: &RequestContext, id: &str, options: Option<Any>) -> Result<()> {
+        let task = self.task(context, id)?;
+        let wanted = match &options {
+            Some(any) => proto::any::unpack::<CheckpointOptions>(any).map_err(|error| {
+                Error::invalid_argument(format!("checkpoint options cannot be decoded: {error}"))
+            })?,
+            None => CheckpointOptions::default(),
+        };
+        if wanted.image_path.is_empty() {
+            return Err(Error::unimplemented(
+                "a checkpoint into the content store is not offered; name a folder in the option image_path",
+            ));
+        }
+        let request = shim::CheckpointTaskRequest { id: id.to_owned(), path: wanted.image_path, options };
+        outlive(async move { task.ask(|shim| async move { shim.checkpoint(request).await }).await }).await
+    }
+
+    /// Changes a container's resource limits.
+    pub async fn update(
+        &self,
+        context: &RequestContext,
+        id: &str,
+        resources: Option<Any>,
+        annotations: BTreeMap<String, String>,
+    ) -> Result<()> {
+        let task = self.task(context, id)?;
+        let request = shim::UpdateTaskRequest { id: id.to_owned(), resources, annotations };
+        outlive(async move { task.ask(|shim| async move { shim.update(request).await }).await }).await
+    }
+
+    /// The resource use of the tasks that pass the filters (`id`); those that cannot say are left out.
+    pub async fn metrics(&self, context: &RequestContext, filters: &[String]) -> Result<Vec<Metric>> {
+        let namespace = context.namespace()?;
+        let filter = Filter::parse_all(filters)?;
+        let tasks = self.of_namespace(namespace).into_iter().filter(|task| {
+            filter.matches(|path| match path {
+                ["id"] => Some(task.id.as_str().into()),
+                ["namespace"] => Some(namespace.as_str().into()),
+                _ => None,
+            })
+        });
+        let found = stream::iter(tasks.collect::<Vec<_>>()).map(|task| async move {
+            let request = shim::StatsRequest { id: task.id.clone() };
+            let asked = task.ask(|shim| async move { shim.stats(request).await });
+            match tokio::time::timeout(STATE_LIMIT, asked).await {
+                Ok(Ok(answer)) => Some(Metric {
+                    timestamp: Some(SystemTime::now().into()),
+                    id: task.id.clone(),
+                    data: answer.stats,
+                }),
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, id = task.id, namespace = %task.namespace, "no metrics");
+                    None
+                }
+                Err(_) => None,
+            }
+        });
+        Ok(found.buffered(LIST_WIDTH).filter_map(std::future::ready).collect().await)
+    }
+
+    /// Answers when a process has ended, also when its shim ends first.
+    pub async fn wait(&self, context: &RequestContext, id: &str, exec_id: &str) -> Result<Exit> {
+        let task = self.task(context, id)?;
+        if let Phase::Live(live) = task.phase() {
+            let request = shim::WaitRequest { id: id.to_owned(), exec_id: exec_id.to_owned() };
+            match live.client.wait(request).await {
+                Ok(answer) => return Ok(Exit::of(0, answer.exit_status, answer.exited_at)),
+                Err(error) if error.code == shim_api::Code::Closed => {}
+                Err(error) => return Err(from_shim(error)),
+            }
+        }
+        // An exec does not outlive its container.
+        task.died().await
+    }
+
+    /// Passes on what a shim publishes, and remembers exits: should the shim die, its exit is known and not told twice.
+    pub fn forward(&self, envelope: Envelope) -> Result<()> {
+        let exit = (envelope.topic == "/tasks/exit")
+            .then(|| proto::any::unpack::<TaskExit>(envelope.event.as_ref()?).ok())
+            .flatten()
+            .filter(|exit| exit.id == exit.container_id);
+        if let Some(exit) = exit
+            && let Ok(namespace) = Namespace::new(&envelope.namespace)
+            && let Some(task) = self.tasks.lock().get(&(namespace, exit.container_id.clone()))
+        {
+            task.saw_exit(Exit::of(exit.pid, exit.exit_status, exit.exited_at));
+        }
+        self.events.forward(envelope)
+    }
+
+    fn container(&self, namespace: &Namespace, id: &str) -> Result<Container> {
+        let record = self.metadata.view().get::<Container>(&[namespace.as_str(), id])?;
+        record.ok_or_else(|| Error::not_found(format!("container {id:?} does not exist")))
+    }
+
+    fn task(&self, context: &RequestContext, id: &str) -> Result<Arc<Task>> {
+        let key = (context.namespace()?.clone(), id.to_owned());
+        let task = self.tasks.lock().get(&key).cloned();
+        task.filter(|task| !matches!(task.phase(), Phase::Creating)).ok_or_else(|| no_task(id))
+    }
+
+    fn of_namespace(&self, namespace: &Namespace) -> Vec<Arc<Task>> {
+        let tasks = self.tasks.lock();
+        let from = (namespace.clone(), String::new());
+        tasks.range(from..).take_while(|((of, _), _)| of == namespace).map(|(_, task)| task.clone()).collect()
+    }
+}
+
+fn no_task(id: &str) -> Error {
+    Error::not_found(format!("container {id:?} has no task"))
+}
+
+/// The folder to restore from, if the options name one.
+fn checkpoint_path(descriptor: bool, options: Option<&Any>) -> Result<String> {
+    let path = options
+        .filter(|any| proto::any::is::<Options>(any))
+        .and_then(|any| proto::any::unpack::<Options>(any).ok())
+        .map(|options| options.criu_image_path)
+        .unwrap_or_default();
+    if descriptor && path.is_empty() {
+        return Err(Error::unimplemented(
+            "restoring from a checkpoint in the content store is not offered; name a folder in the option criu_image_path",
+        ));
+    }
+    Ok(path)
+}

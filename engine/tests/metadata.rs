@@ -143,8 +143,11 @@ fn crash_child() {
             let metadata = metadata.clone();
             std::thread::spawn(move || {
                 let name = format!("w{writer}");
-                let mut number =
-                    metadata.view().get::<Item>(&["last", &name]).unwrap().map_or(0, |i| i.value.parse::<u64>().unwrap());
+                let mut number = metadata
+                    .view()
+                    .get::<Item>(&["last", &name])
+                    .unwrap()
+                    .map_or(0, |i| i.value.parse::<u64>().unwrap());
                 loop {
                     number += 1;
                     let key = name.clone();
@@ -191,10 +194,20 @@ fn kill_9_loses_nothing_acknowledged() {
         let metadata = Metadata::open(&dir).unwrap();
         let view = metadata.view();
         for (writer, number) in &acknowledged {
-            let last = view.get::<Item>(&["last", writer]).unwrap().expect("acknowledged").value.parse::<u64>().unwrap();
+            let last = view
+                .get::<Item>(&["last", writer])
+                .unwrap()
+                .expect("acknowledged")
+                .value
+                .parse::<u64>()
+                .unwrap();
             assert!(last >= *number, "round {round}: {writer} was at {number} and is at {last}");
             // Both halves of every commit, and nothing beyond the last.
-            assert_eq!(view.list::<Item>(&[writer]).len() as u64, last, "round {round}: {writer} has a half commit");
+            assert_eq!(
+                view.list::<Item>(&[writer]).len() as u64,
+                last,
+                "round {round}: {writer} has a half commit"
+            );
         }
     }
     assert!(acknowledged.values().sum::<u64>() > 1000, "{acknowledged:?}");
@@ -202,7 +215,9 @@ fn kill_9_loses_nothing_acknowledged() {
 
 fn record_ack(line: &str, acknowledged: &mut BTreeMap<String, u64>) -> bool {
     let mut words = line.split(' ');
-    let (Some("ack"), Some(writer), Some(number)) = (words.next(), words.next(), words.next()) else { return false };
+    let (Some("ack"), Some(writer), Some(number)) = (words.next(), words.next(), words.next()) else {
+        return false;
+    };
     // A line that the kill cut short has a number that is too small, which demands less and never too much.
     let Ok(number) = number.parse::<u64>() else { return false };
     let last = acknowledged.entry(writer.to_owned()).or_default();
@@ -308,7 +323,8 @@ fn readers_see_whole_commits_while_writers_write() {
             while !done.load(Ordering::Acquire) || reads == 0 {
                 let view = metadata.view();
                 for writer in ["w0", "w1"] {
-                    let last = view.get::<Item>(&["last", writer]).unwrap().map_or(0, |i| i.value.parse().unwrap());
+                    let last =
+                        view.get::<Item>(&["last", writer]).unwrap().map_or(0, |i| i.value.parse().unwrap());
                     assert_eq!(view.list::<Item>(&[writer]).len(), last);
                 }
                 reads += 1;

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
+    UnmountFlags,
 };
 
 /// A mount, as containerd's API describes it.
@@ -70,7 +71,8 @@ fn parse(kind: &str, options: &[String]) -> Options {
                 parsed.flags |= MountFlags::from_bits_retain(MountPropagationFlags::REC.bits());
                 continue;
             }
-            "private" | "rprivate" | "shared" | "rshared" | "slave" | "rslave" | "unbindable" | "runbindable" => {
+            "private" | "rprivate" | "shared" | "rshared" | "slave" | "rslave" | "unbindable"
+            | "runbindable" => {
                 let base = match option.trim_start_matches('r') {
                     "private" => MountPropagationFlags::PRIVATE,
                     "shared" => MountPropagationFlags::SHARED,
@@ -467,7 +469,11 @@ mod tests {
         fs::create_dir(&work).unwrap();
         let lower = format!("lowerdir={}", lowers.join(":"));
         assert!(lower.len() > 4096);
-        let options = [lower.as_str(), &format!("upperdir={}", upper.display()), &format!("workdir={}", work.display())];
+        let options = [
+            lower.as_str(),
+            &format!("upperdir={}", upper.display()),
+            &format!("workdir={}", work.display()),
+        ];
         let mounted = Mounted::new(&[mount("overlay", Path::new("overlay"), &options)], dir.path()).unwrap();
         assert_eq!(fs::read_dir(mounted.path()).unwrap().count(), 60);
         fs::write(mounted.path().join("new"), "x").unwrap();

@@ -209,6 +209,7 @@ fn a_task_is_managed() {
     assert_eq!(ctr.with_input(&["tasks", "exec", "--exec-id", "e2", "c", "cat"], b"x").stdout, "x");
     let mut terminal =
         Terminal::start(&ctr.command(&["tasks", "exec", "-t", "--exec-id", "e3", "c", "sh"]), 20, 70);
+    terminal.expect("# ");
     terminal.send("stty size; exit 5\n");
     terminal.expect("20 70");
     assert_eq!(terminal.wait(), 5);

@@ -53,6 +53,7 @@ fn life(host: &mut Host, runtime: &str, program: &str) {
         24,
         80,
     );
+    terminal.expect("# ");
     terminal.send("stty size; exit 6\n");
     terminal.expect("24 80");
     assert_eq!(terminal.wait(), 6);
