@@ -153,6 +153,8 @@ impl Daemon {
         let server = Server::builder()
             .layer(Observe(self.metrics.clone()))
             .max_concurrent_streams(STREAMS_MAX)
+            // A client that cancels many calls at once is not an attack here, and keeps its connection.
+            .http2_max_pending_accept_reset_streams(Some(STREAMS_MAX as usize))
             .add_service(health_service)
             .add_service(reflection)
             .add_service(sized!(api::containers::v1::containers_server::ContainersServer::new(

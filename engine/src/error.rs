@@ -137,8 +137,20 @@ impl From<Error> for tonic::Status {
             Error::Unknown(_) => Code::Unknown,
         };
         // containerd's clients print details as noise, so there are none: the message is all.
-        tonic::Status::new(code, error.to_string())
+        tonic::Status::new(code, shortened(error.to_string()))
     }
+}
+
+/// The message travels in a header, and the headers of an answer have a limit: a request that names something huge is
+/// not to make its own refusal undeliverable.
+fn shortened(mut message: String) -> String {
+    const MAX: usize = 4096;
+    if message.len() > MAX {
+        let end = (0..=MAX).rev().find(|at| message.is_char_boundary(*at)).unwrap_or_default();
+        message.truncate(end);
+        message.push_str(" ...");
+    }
+    message
 }
 
 impl From<tokio::task::JoinError> for Error {

@@ -161,12 +161,12 @@ impl Tasks {
                     Ok(created.pid)
                 }
                 Err(error) => {
-                    self.undo(task, &program, Some(&live)).await;
+                    self.undo(task, Some(&live)).await;
                     Err(from_shim(error))
                 }
             },
             Err(error) => {
-                self.undo(task, &program, None).await;
+                self.undo(task, None).await;
                 Err(error)
             }
         }
@@ -198,24 +198,25 @@ impl Tasks {
     }
 
     /// Removes everything of a task whose create failed. What fails here is logged: the caller has an error already.
-    async fn undo(&self, task: &Arc<Task>, program: &Path, live: Option<&Live>) {
-        let mut clean = false;
-        if let Some(live) = live {
-            let request = shim::DeleteRequest { id: task.id.clone(), ..Default::default() };
-            let deleted = tokio::time::timeout(UNDO_LIMIT, live.client.delete(request)).await;
-            // A shim that knows no such container has taken back what it began.
-            clean = match deleted {
-                Ok(Ok(_)) => true,
-                Ok(Err(error)) => error.code == shim_api::Code::NotFound,
-                Err(_) => false,
-            };
-            clean &= self.end_shim(task, live).await;
-        }
-        if !clean {
-            self.kill_shim(task);
-            if let Err(error) = self.launcher.delete(program, &task.bundle, &task.namespace, &task.id).await {
-                tracing::warn!(%error, id = task.id, "after a failed create");
+    async fn undo(&self, task: &Arc<Task>, live: Option<&Live>) {
+        match live {
+            Some(live) => {
+                let request = shim::DeleteRequest { id: task.id.clone(), ..Default::default() };
+                // A shim that knows no such container has taken back what it began.
+                let deleted = match tokio::time::timeout(UNDO_LIMIT, live.client.delete(request)).await {
+                    Ok(Ok(_)) => true,
+                    Ok(Err(error)) => error.code == shim_api::Code::NotFound,
+                    Err(_) => false,
+                };
+                let ended = self.end_shim(task, live).await;
+                if !(deleted && ended)
+                    && let Err(error) = self.run_delete(task).await
+                {
+                    tracing::warn!(%error, id = task.id, namespace = %task.namespace, "after a failed create");
+                }
             }
+            // Its shim was never asked for a container, so that there is no more than the shim.
+            None => self.kill_shim(task),
         }
         self.remove_bundle(task).await;
     }

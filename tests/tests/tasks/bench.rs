@@ -342,6 +342,8 @@ impl Bench {
                 ..Mount::default()
             }],
             stdout: format!("file://{}", self.path(&format!("{id}.out")).display()),
+            // Both, as clients do: the stock shim panics otherwise.
+            stderr: format!("file://{}", self.path(&format!("{id}.out")).display()),
             ..tasks::CreateTaskRequest::default()
         }
     }
@@ -433,6 +435,8 @@ impl Bench {
             container_id: id.into(),
             exec_id: exec_id.into(),
             stdout: format!("file://{}", self.path(&format!("{id}.{exec_id}.out")).display()),
+            // Both, as clients do: the stock shim panics otherwise.
+            stderr: format!("file://{}", self.path(&format!("{id}.{exec_id}.out")).display()),
             spec: Some(proto::any::wrap(proto::any::PROCESS, process(args).to_string())),
             ..tasks::ExecProcessRequest::default()
         };

@@ -90,7 +90,8 @@ with_each_shim! {
     broken_bundles_keep_nothing_down(bench, shim) {
         bench.run("good", shim, &["sleep", "1000"]).await;
         bench.end_engine(Signal::SIGKILL);
-        let of = |name: &str| bench.bundle(name);
+        let bundles = bench.bundles().join(&bench.namespace);
+        let of = |name: &str| bundles.join(name);
         // Empty; half made; garbage for a shim's address; a removal that did not end; a file; an address nobody has.
         fs::create_dir(of("empty")).unwrap();
         fs::create_dir_all(of("half/rootfs")).unwrap();
