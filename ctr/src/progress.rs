@@ -1,4 +1,4 @@
-//! Progress: a bar per blob or layer on a terminal, a line each when it is done otherwise.
+//! Progress, on stderr: a bar per blob or layer on a terminal, a line each when it is done otherwise.
 
 use std::io::IsTerminal;
 
@@ -71,7 +71,7 @@ impl Item {
                 bar.set_prefix(outcome.to_owned());
                 bar.finish();
             }
-            None => println!("{outcome} {}", self.name),
+            None => eprintln!("{outcome} {}", self.name),
         }
     }
 }

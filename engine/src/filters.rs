@@ -88,6 +88,10 @@ impl<'a> Parser<'a> {
                 text.len()
             )));
         }
+        if text.is_empty() {
+            // Of no selectors all hold: it lets everything pass, as containerd's.
+            return Ok(Vec::new());
+        }
         let mut parser = Parser { text, at: 0 };
         let mut all = vec![parser.selector()?];
         loop {
@@ -291,12 +295,14 @@ mod tests {
             assert!(!passes(no), "{no}");
         }
         assert!(Filter::parse_all(&["id==no", "id==c1"]).unwrap().matches(object));
+        assert!(Filter::parse_all::<&str>(&[]).unwrap().matches(object));
+        assert!(Filter::parse_all(&["id==no", ""]).unwrap().matches(object));
     }
 
     #[test]
     fn mistakes_are_invalid_arguments() {
         for bad in [
-            "",
+            " ",
             ",",
             "a.",
             "a=b",

@@ -57,7 +57,8 @@ fn unknown_things_are_named() {
     let (stock, ours) = (host.stock_ctr(), host.ctr());
     assert!(stock.fails(&["run", "--rm", "example.org/none:1", "c"]).contains("example.org/none:1"));
     assert!(ours.fails(&["run", "--rm", "example.org/none:1", "c"]).contains("example.org/none:1"));
-    assert!(ours.fails(&["images", "rm", "example.org/none:1"]).contains("example.org/none:1"));
+    // As containerd's: told, and no failure.
+    assert!(ours.run(&["images", "rm", "example.org/none:1"]).stderr.contains("example.org/none:1"));
     assert_empty(&host);
     let image = host.import();
     let before = stock.ok(&["snapshots", "ls"]);
@@ -172,16 +173,18 @@ fn archives_that_lie() {
     let Some(host) = gantry() else { return };
     let archive = image::busybox().archive();
     let path = host.folder().join("bad.tar");
+    // Debian's ctr makes the image's record before it unpacks, and leaves it when that fails: on a host of its own.
+    let other = Host::gantry();
     let import = |bytes: &[u8], words: &[&str]| {
         fs::write(&path, bytes).unwrap();
-        for ctr in [host.stock_ctr(), host.ctr()] {
-            let error = ctr.fails(&["images", "import", path.to_str().unwrap()]);
-            assert!(error.len() > 5, "{error:?}");
-        }
+        let error = other.stock_ctr().fails(&["images", "import", path.to_str().unwrap()]);
+        assert!(error.len() > 5, "{error:?}");
+        other.assert_nothing_left();
         let error = host.ctr().fails(&["images", "import", path.to_str().unwrap()]);
         assert!(words.iter().any(|words| error.contains(words)), "{words:?}: {error}");
         assert_eq!(host.stock_ctr().ok(&["images", "ls", "-q"]), "", "no half image is visible");
         assert_eq!(host.stock_ctr().ok(&["snapshots", "ls"]).lines().count(), 1);
+        assert_eq!(host.stock_ctr().ok(&["content", "active"]).lines().count(), 1, "an ingest is left");
         host.assert_nothing_left();
     };
     // Cut short: in a blob, and in a header.
@@ -194,6 +197,7 @@ fn archives_that_lie() {
     image.blobs[1].1[20] ^= 1;
     import(&image.archive(), &["digest"]);
     assert_serves(&host);
+    assert_serves(&other);
 }
 
 #[test]

@@ -75,12 +75,13 @@ fn crates_know_only_whom_they_may() {
 
 #[test]
 fn unsafe_code_stands_in_sys_alone() {
+    let word = ["un", "safe"].concat();
     for (path, text) in rust_files() {
         let inside = path.strip_prefix(top()).unwrap().starts_with("sys");
         for (number, line) in text.lines().enumerate() {
             let code = line.split("//").next().unwrap();
             let words: Vec<&str> = code.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
-            assert!(inside || !words.contains(&"unsafe"), "{}:{}: {line}", path.display(), number + 1);
+            assert!(inside || !words.contains(&word.as_str()), "{}:{}: {line}", path.display(), number + 1);
         }
     }
     let manifests = files().into_iter().filter(|path| path.ends_with("Cargo.toml"));

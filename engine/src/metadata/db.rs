@@ -9,6 +9,7 @@ use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
@@ -22,6 +23,27 @@ pub(super) const SCHEMA_KEY: &[u8] = b"schema";
 const CACHE_BYTES: u64 = 16 << 20;
 /// The most closures that share one sync.
 const GROUP_MAX: usize = 256;
+
+/// How long sled may take to let go of a database that was dropped.
+const RELEASE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Waits until sled's own lock on its file is free: its threads hold it for a moment after a database was dropped, and
+/// it does not wait itself. Nobody else has it, which our own lock says.
+fn await_release(file: &Path) -> std::io::Result<()> {
+    let file = match File::open(file) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let deadline = Instant::now() + RELEASE_LIMIT;
+    while let Err(std::fs::TryLockError::WouldBlock) = file.try_lock() {
+        if Instant::now() > deadline {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    file.unlock()
+}
 
 /// Why a database could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -320,6 +342,7 @@ impl Disk {
             }
         }
         let broken = |error: sled::Error| OpenError::Broken { path: path.clone(), why: error.to_string() };
+        await_release(&path.join("db")).map_err(io("lock", &path))?;
         let db = sled::Config::default()
             .path(&path)
             .cache_capacity(CACHE_BYTES)
