@@ -312,7 +312,7 @@ fn merge(base: &mut toml::Table, over: toml::Table) {
         match (base.get_mut(&key), value) {
             (Some(toml::Value::Table(base)), toml::Value::Table(over)) => merge(base, over),
             (Some(toml::Value::Array(base)), toml::Value::Array(over)) if key != "imports" => {
-                base.extend(over)
+                base.extend(over);
             }
             (Some(_), _) if key == "imports" || key == "version" => {}
             (_, value) => {

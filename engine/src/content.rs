@@ -75,7 +75,7 @@ pub struct Writer {
 
 /// Where the bytes of an ingest are.
 enum Data {
-    Own(Ingest),
+    Own(Box<Ingest>),
     /// Another namespace's blob, all of it.
     Shared {
         digest: Digest,
@@ -289,7 +289,7 @@ impl Content {
             for (parts, record) in all {
                 let reference = parts.concat();
                 let passes =
-                    filter.matches(|path| (path == ["ref"]).then(|| Cow::Borrowed(reference.as_str())));
+                    filter.matches(|path| (path == ["ref"]).then_some(Cow::Borrowed(reference.as_str())));
                 if passes && let Some(status) = status_of(&store, &reference, &record)? {
                     statuses.push(status);
                 }
@@ -380,7 +380,7 @@ impl Content {
                 Opened::Own { key } => {
                     let (store, ingest) = (this.store.clone(), key.clone());
                     let data = blocking(move || store.writer(&ingest, total, algorithm)).await?;
-                    (key, Data::Own(data))
+                    (key, Data::Own(Box::new(data)))
                 }
             };
             Ok(Writer { content: this, context, namespace, reference, key, data })
@@ -431,7 +431,8 @@ impl Writer {
     /// The ingest's state.
     pub fn status(&self) -> Status {
         let (started, updated, offset, total) = match &self.data {
-            Data::Own(Ingest { status, .. }) => {
+            Data::Own(ingest) => {
+                let status = &ingest.status;
                 (status.started_at, status.updated_at, status.offset, status.total)
             }
             Data::Shared { size, started_at, .. } => (*started_at, *started_at, *size, *size),
@@ -487,7 +488,7 @@ impl Writer {
                     File::open(&path).map_err(|error| Error::io("open the blob", &path, &error))?;
                 ingest.write_from(&mut blob)?;
             }
-            self.data = Data::Own(ingest);
+            self.data = Data::Own(Box::new(ingest));
         }
         match &mut self.data {
             Data::Own(ingest) => Ok(ingest),

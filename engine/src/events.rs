@@ -165,7 +165,8 @@ mod tests {
         let exchange = Exchange::default();
         let ns = Namespace::new("a").unwrap();
         let mut all = exchange.subscribe(&[]).unwrap();
-        let mut one = exchange.subscribe(&[r#"topic=="/tasks/start",event.container_id==c5"#.into()]).unwrap();
+        let mut one =
+            exchange.subscribe(&[r#"topic=="/tasks/start",event.container_id==c5"#.into()]).unwrap();
         let mut exits = exchange.subscribe(&["event.exit_status==3".into(), "namespace==b".into()]).unwrap();
         for i in 0..10 {
             exchange.publish(&ns, "/tasks/start", &start(&format!("c{i}")));

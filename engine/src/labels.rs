@@ -49,7 +49,7 @@ pub fn update_map(current: &mut Labels, new: &Labels, key: Option<&str>) {
                 .iter()
                 .filter(|(_, value)| !value.is_empty())
                 .map(|(k, v)| (k.clone(), v.clone()))
-                .collect()
+                .collect();
         }
         Some(key) => match new.get(key).filter(|value| !value.is_empty()) {
             Some(value) => {

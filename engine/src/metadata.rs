@@ -43,6 +43,9 @@ pub const SCHEMA_VERSION: u32 = 1;
 type Migration = fn(&mut Transaction) -> Result<()>;
 const MIGRATIONS: &[Migration] = &[];
 
+/// A key and its new value; None deletes it.
+type Write = (Arc<[u8]>, Option<Arc<[u8]>>);
+
 type Map = imbl::OrdMap<Arc<[u8]>, Arc<[u8]>>;
 
 /// A resource that is kept in the database: a protobuf message under a table's name.
@@ -110,7 +113,7 @@ impl Read for View {
 /// The state as a commit's closure sees it: what is committed, plus what this closure has written so far.
 pub struct Transaction {
     map: Map,
-    writes: Vec<(Arc<[u8]>, Option<Arc<[u8]>>)>,
+    writes: Vec<Write>,
 }
 
 impl Read for Transaction {

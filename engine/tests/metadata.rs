@@ -24,6 +24,7 @@ impl Record for Item {
     const TABLE: &'static str = "items";
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "callers have temporaries")]
 fn item(value: impl ToString) -> Item {
     Item { value: value.to_string() }
 }
@@ -141,7 +142,7 @@ fn crash_child() {
     let writers: Vec<_> = (0..4)
         .map(|writer| {
             let metadata = metadata.clone();
-            std::thread::spawn(move || {
+            std::thread::spawn(move || -> () {
                 let name = format!("w{writer}");
                 let mut number = metadata
                     .view()
@@ -158,9 +159,8 @@ fn crash_child() {
             })
         })
         .collect();
-    for writer in writers {
-        writer.join().unwrap();
-    }
+    // They write until the process is killed.
+    writers.into_iter().for_each(|writer| writer.join().unwrap());
 }
 
 #[test]

@@ -84,7 +84,10 @@ fn images_round_trip() {
         "an export is the same each time"
     );
     ctr.ok(&["images", "rm", NAME]);
-    assert!(ctr.run(&["images", "rm", NAME]).stderr.contains(NAME), "containerd's ctr tells it, and does not fail");
+    assert!(
+        ctr.run(&["images", "rm", NAME]).stderr.contains(NAME),
+        "containerd's ctr tells it, and does not fail"
+    );
     // What we export, Debian's ctr imports, and the other way round; from stdin and compressed, too.
     host.stock_ctr().ok(&["images", "import", exported.to_str().unwrap()]);
     host.stock_ctr().ok(&["images", "export", again.to_str().unwrap(), NAME]);

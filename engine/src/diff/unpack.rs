@@ -415,7 +415,6 @@ fn is_whiteout(stat: &Stat) -> bool {
     is(stat, FileType::CharacterDevice) && stat.st_rdev == 0
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "nanoseconds of a second")]
 fn time(seconds: i64, nanos: impl TryInto<u64>) -> SystemTime {
     let whole = Duration::from_secs(seconds.unsigned_abs());
     let base = if seconds < 0 { UNIX_EPOCH - whole } else { UNIX_EPOCH + whole };

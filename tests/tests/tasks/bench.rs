@@ -463,7 +463,7 @@ impl Bench {
     pub(crate) fn shim_pids(&self) -> Vec<i32> {
         let address = self.path("engine.sock").display().to_string();
         processes(|arguments| {
-            arguments.iter().any(|argument| *argument == address)
+            arguments.contains(&address)
                 && arguments[0].contains("shim")
                 && !arguments.contains(&"delete".to_owned())
         })

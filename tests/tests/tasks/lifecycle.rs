@@ -180,10 +180,10 @@ async fn futures_join<T, F: Future<Output = T>>(all: impl Iterator<Item = F>) ->
     let mut all: Vec<_> = all.map(|future| (Box::pin(future), None)).collect();
     std::future::poll_fn(|context| {
         for (future, done) in &mut all {
-            if done.is_none() {
-                if let std::task::Poll::Ready(value) = future.as_mut().poll(context) {
-                    *done = Some(value);
-                }
+            if done.is_none()
+                && let std::task::Poll::Ready(value) = future.as_mut().poll(context)
+            {
+                *done = Some(value);
             }
         }
         if all.iter().all(|(_, done)| done.is_some()) {
