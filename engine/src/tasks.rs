@@ -281,7 +281,6 @@ impl Tasks {
 
     /// Removes a stopped task, with its shim when no other needs it; how its init ended.
     pub async fn delete(&self, context: &RequestContext, id: &str) -> Result<Exit> {
-        self.container(context.namespace()?, id)?;
         let task = self.task(context, id)?;
         let this = self.clone();
         outlive(async move {

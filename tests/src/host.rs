@@ -282,7 +282,7 @@ impl Drop for Host {
             println!("--- the engine's log ---");
             tail.iter().rev().for_each(|line| println!("{line}"));
             self.clean();
-            left::remove_empty_cgroups(&self.namespace);
+            left::remove_empty_parents(&self.namespace);
             return;
         }
         if self.child.is_some() {
@@ -290,8 +290,7 @@ impl Drop for Host {
         }
         let left = left::behind(&self.folder, &self.namespace);
         self.clean();
-        left::remove_empty_cgroups(&self.namespace);
-        let _ = fs::remove_dir(Path::new("/run/containerd/runc").join(&self.namespace));
+        left::remove_empty_parents(&self.namespace);
         assert!(left.is_empty(), "left behind by {:?}:\n{}", self.kind, left.join("\n"));
     }
 }

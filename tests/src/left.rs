@@ -43,8 +43,9 @@ pub fn cgroups(namespace: &str) -> Vec<PathBuf> {
     hierarchies.iter().flat_map(|hierarchy| children(&hierarchy.join(namespace))).collect()
 }
 
-/// Removes the empty parents that runc leaves of a namespace's cgroups, as it does under any engine.
-pub fn remove_empty_cgroups(namespace: &str) {
+/// Removes the empty parents that runc leaves of a namespace's cgroups and states, as it does under any engine.
+pub fn remove_empty_parents(namespace: &str) {
+    let _ = fs::remove_dir(Path::new("/run/containerd/runc").join(namespace));
     for hierarchy in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
         let _ = fs::remove_dir(hierarchy.path().join(namespace));
     }

@@ -37,8 +37,6 @@ use tonic::{Code, Request};
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 /// Debian's shim, of containerd 1.6.
 pub(crate) const STOCK_SHIM: &str = "/usr/bin/containerd-shim-runc-v2";
-/// The group all containers of these tests are in, below every hierarchy.
-const CGROUP: &str = "gantry-task-tests";
 
 type Answer<T> = Result<T, tonic::Status>;
 
@@ -306,7 +304,7 @@ impl Bench {
                 {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
             ],
             "linux": {
-                "cgroupsPath": format!("/{CGROUP}/{}-{id}", self.namespace),
+                "cgroupsPath": format!("/{}/{id}", self.namespace),
                 "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}],
             },
         })
@@ -492,8 +490,8 @@ impl Bench {
 
     /// Whether any process of this container runs, by its control groups.
     pub(crate) fn runs(&self, id: &str) -> bool {
-        let name = format!("{}-{id}", self.namespace);
-        self.cgroups().iter().filter(|group| group.file_name().is_some_and(|n| *n == *name)).any(|group| {
+        let name = id;
+        self.cgroups().iter().filter(|group| group.file_name().is_some_and(|n| n == name)).any(|group| {
             fs::read_to_string(group.join("cgroup.procs")).is_ok_and(|processes| !processes.trim().is_empty())
         })
     }
@@ -514,22 +512,7 @@ impl Bench {
     }
 
     fn cgroups(&self) -> Vec<PathBuf> {
-        let mut hierarchies = vec![PathBuf::from("/sys/fs/cgroup")];
-        hierarchies.extend(fs::read_dir("/sys/fs/cgroup").unwrap().map(|entry| entry.unwrap().path()));
-        hierarchies
-            .into_iter()
-            .filter_map(|hierarchy| fs::read_dir(hierarchy.join(CGROUP)).ok())
-            .flatten()
-            .map(|group| group.unwrap().path())
-            .filter(|path| {
-                path.is_dir()
-                    && path
-                        .file_name()
-                        .unwrap()
-                        .to_string_lossy()
-                        .starts_with(&format!("{}-", self.namespace))
-            })
-            .collect()
+        tests::left::cgroups(&self.namespace)
     }
 
     /// The end of a test: no task of it may be left anywhere.
@@ -624,6 +607,7 @@ impl Drop for Bench {
         for group in self.cgroups() {
             let _ = fs::remove_dir(group);
         }
+        tests::left::remove_empty_parents(&self.namespace);
     }
 }
 
