@@ -42,6 +42,8 @@ pub const METADATA_FOLDER: &str = "metadata";
 /// How long calls in flight may take after the engine was told to stop. Waits and subscriptions do not end by
 /// themselves, and what a mutation has begun goes on without its caller.
 const DRAIN: Duration = Duration::from_secs(2);
+/// How long subscribers of an earlier engine have to come back for what happened while they could not listen.
+const HOLD: Duration = Duration::from_secs(10);
 /// The most streams that one client may have open on one connection.
 const STREAMS_MAX: u32 = 4096;
 
@@ -75,12 +77,17 @@ impl Daemon {
         {
             tracing::warn!(score = config.oom_score, %error, "cannot set the engine's own oom_score_adj");
         }
+        // Each container takes some; what shims and containers get stays as it was.
+        let descriptors = sys::process::raise_descriptor_limit()
+            .inspect_err(|error| tracing::warn!(%error, "cannot raise the limit of open descriptors"))
+            .ok();
         let opened = config.clone();
         // Opening reads and syncs: not on the reactor.
         tokio::task::spawn_blocking(move || {
             let metadata = Metadata::open(&opened.root.join(METADATA_FOLDER))?;
             // Only now: the lock on the metadata says that no other engine serves this root.
             let events = Exchange::default();
+            events.hold();
             let content_root = opened.root.join("io.containerd.content.v1.content");
             let content = Content::open(&content_root, metadata.clone(), events.clone())?;
             let snapshots = Snapshots::open(&opened.root, metadata.clone(), events.clone())?;
@@ -92,6 +99,7 @@ impl Daemon {
                     grpc_address: opened.grpc.path.clone(),
                     ttrpc_address: opened.ttrpc.path.clone(),
                     shim_dirs: shim_dirs(),
+                    descriptors,
                 },
                 metadata.clone(),
                 events.clone(),
@@ -149,6 +157,7 @@ impl Daemon {
                     .max_encoding_message_size(self.config.max_send)
             };
         }
+        let held = self.events.clone();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let server = Server::builder()
             .layer(Observe(self.metrics.clone()))
@@ -193,6 +202,10 @@ impl Daemon {
                 let _ = stopped.await;
             });
         let mut server = tokio::spawn(server);
+        tokio::spawn(async move {
+            tokio::time::sleep(HOLD).await;
+            held.release();
+        });
 
         tracing::info!(address = %sockets[0].display(), "gantryd {} serves", crate::VERSION);
         // Where systemd waits for it; nothing happens elsewhere.

@@ -30,7 +30,14 @@ const QUEUE_MAX: usize = 16 * 1024;
 /// The fan-out; cheap to clone.
 #[derive(Clone, Default)]
 pub struct Exchange {
-    subscribers: Arc<Mutex<Vec<Subscriber>>>,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    subscribers: Vec<Subscriber>,
+    /// What nobody could hear, kept for those who come soon; None when it is not kept.
+    held: Option<Vec<Arc<Envelope>>>,
 }
 
 struct Subscriber {
@@ -83,7 +90,11 @@ impl Exchange {
         let filter = Filter::parse_all(filters)?;
         let (sender, queue) = mpsc::channel(QUEUE_MAX);
         let overrun = Arc::new(AtomicBool::new(false));
-        self.subscribers.lock().push(Subscriber { filter, queue: sender, overrun: overrun.clone() });
+        let subscriber = Subscriber { filter, queue: sender, overrun: overrun.clone() };
+        let mut state = self.state.lock();
+        if state.held.iter().flatten().all(|envelope| subscriber.offer(envelope)) {
+            state.subscribers.push(subscriber);
+        }
         Ok(Subscription { queue, overrun })
     }
 
@@ -91,22 +102,45 @@ impl Exchange {
         tracing::debug!(topic = %envelope.topic, namespace = %envelope.namespace, "event");
         let envelope = Arc::new(envelope);
         // Under the lock, so that all see one order; nothing in here waits.
-        self.subscribers.lock().retain(|subscriber| {
-            if subscriber.queue.is_closed() {
-                return false;
+        let mut state = self.state.lock();
+        state.subscribers.retain(|subscriber| subscriber.offer(&envelope));
+        if state.subscribers.is_empty()
+            && let Some(held) = &mut state.held
+            && held.len() < QUEUE_MAX
+        {
+            held.push(envelope);
+        }
+    }
+
+    /// Keeps, from now until [`Exchange::release`], what is published while there is no subscriber; those who come get it
+    /// first. For the start: shims tell what happened while there was no engine before anyone can have subscribed.
+    pub fn hold(&self) {
+        self.state.lock().held = Some(Vec::new());
+    }
+
+    /// Ends what [`Exchange::hold`] began.
+    pub fn release(&self) {
+        self.state.lock().held = None;
+    }
+}
+
+impl Subscriber {
+    /// Puts an event into the queue if it passes the filter; whether the subscription goes on.
+    fn offer(&self, envelope: &Arc<Envelope>) -> bool {
+        if self.queue.is_closed() {
+            return false;
+        }
+        if !self.filter.matches(|path| field(envelope, path)) {
+            return true;
+        }
+        match self.queue.try_send(envelope.clone()) {
+            Ok(()) => true,
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                self.overrun.store(true, Ordering::Release);
+                false
             }
-            if !subscriber.filter.matches(|path| field(&envelope, path)) {
-                return true;
-            }
-            match subscriber.queue.try_send(envelope.clone()) {
-                Ok(()) => true,
-                Err(mpsc::error::TrySendError::Full(_)) => {
-                    subscriber.overrun.store(true, Ordering::Release);
-                    false
-                }
-                Err(mpsc::error::TrySendError::Closed(_)) => false,
-            }
-        });
+            Err(mpsc::error::TrySendError::Closed(_)) => false,
+        }
     }
 }
 
@@ -225,11 +259,41 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn what_nobody_could_hear_is_held_for_those_who_come_soon() {
+        let exchange = Exchange::default();
+        let ns = Namespace::new("a").unwrap();
+        exchange.publish(&ns, "/tasks/start", &start("lost"));
+        exchange.hold();
+        exchange.publish(&ns, "/tasks/start", &start("c1"));
+        exchange.publish(&ns, "/tasks/exit", &TaskExit::default());
+        let mut starts = exchange.subscribe(&[r#"topic=="/tasks/start""#.into()]).unwrap();
+        exchange.publish(&ns, "/tasks/start", &start("c2"));
+        let mut all = exchange.subscribe(&[]).unwrap();
+        exchange.release();
+        let mut late = exchange.subscribe(&[]).unwrap();
+        exchange.publish(&ns, "/tasks/start", &start("c3"));
+        let mut ids = Vec::new();
+        for _ in 0..3 {
+            let event = starts.next().await.unwrap().unwrap();
+            ids.push(proto::any::unpack::<TaskStart>(event.event.as_ref().unwrap()).unwrap().container_id);
+        }
+        assert_eq!(ids, ["c1", "c2", "c3"]);
+        let topics =
+            [all.next().await, all.next().await, all.next().await].map(|e| e.unwrap().unwrap().topic.clone());
+        assert_eq!(topics, ["/tasks/start", "/tasks/exit", "/tasks/start"]);
+        let event = late.next().await.unwrap().unwrap();
+        assert_eq!(
+            proto::any::unpack::<TaskStart>(event.event.as_ref().unwrap()).unwrap().container_id,
+            "c3"
+        );
+    }
+
     #[test]
     fn subscribers_that_left_are_forgotten() {
         let exchange = Exchange::default();
         drop(exchange.subscribe(&[]).unwrap());
         exchange.publish(&Namespace::new("a").unwrap(), "/tasks/start", &start("c"));
-        assert!(exchange.subscribers.lock().is_empty());
+        assert!(exchange.state.lock().subscribers.is_empty());
     }
 }

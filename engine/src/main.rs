@@ -10,6 +10,9 @@ use engine::config::{self, Config, Flags};
 use engine::daemon::Daemon;
 use engine::{metadata, publish};
 
+/// How long file operations under way may take when everything else has ended.
+const SHUTDOWN_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// The Gantry container engine.
 #[derive(Parser)]
 #[command(name = "gantryd", disable_version_flag = true)]
@@ -118,7 +121,11 @@ fn serve(config: &Config) -> anyhow::Result<()> {
         anyhow::bail!("gantryd must run as root: it makes mounts, namespaces and cgroups; try sudo gantryd");
     }
     log_to_stderr(config);
-    runtime()?.block_on(async { Daemon::build(config).await?.run().await })
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(async { Daemon::build(config).await?.run().await });
+    // A disk that hangs is not to keep the engine from ending; what is acknowledged is on disk already.
+    runtime.shutdown_timeout(SHUTDOWN_LIMIT);
+    outcome
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

@@ -1,17 +1,21 @@
 //! Tasks: the running side of containers, each in the hands of a shim.
 //!
 //! ```text
-//!            create                        delete
-//!  (no task) ------> Creating --> Live ------------> (no task)
-//!                        |         | the shim dies
-//!                        | fails   v
-//!                        +-----> Dead --delete-----> (no task)
-//!                  (no task)
+//!            create                           delete
+//!  (no task) ------> Creating --------> Live -----------> (no task)
+//!                        |             ^    | the connection ends
+//!                        | fails       |    v
+//!                        v     reached +-- Unreachable
+//!                    (no task)              | nobody listens: the shim is dead
+//!                                           v
+//!                                          Dead ---------> (no task)
+//!                                              delete
 //! ```
 //!
 //! `Creating` takes the name and is not visible. A `Live` task is what its shim says, asked each time: the engine keeps
-//! nothing that could be out of date. A `Dead` one lost its shim: it is cleaned up, its exit and delete are published,
-//! and it stays as a stopped task until it is deleted.
+//! nothing that could be out of date. A connection that ends says nothing of the shim, so that it is made anew; while that
+//! fails, calls answer Unavailable. A `Dead` task lost its shim: it is cleaned up, its exit and delete are published, and it
+//! stays as a stopped task until it is deleted.
 //!
 //! Invariants: a name is free again as soon as a failed create or a delete has answered, with nothing left of the task.
 //! Nothing here waits for a slow create but that create itself. No lock is held while a shim is waited for.
@@ -24,7 +28,7 @@ mod task;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures::stream::{self, StreamExt as _};
 use parking_lot::Mutex;
@@ -35,11 +39,11 @@ use proto::containerd::services::containers::v1::Container;
 use proto::containerd::services::tasks::v1::{CreateTaskRequest, ExecProcessRequest};
 use proto::containerd::types::{Envelope, Metric};
 use proto::containerd::v1::types::{Process, ProcessInfo, Status};
-use shim_api::task as shim;
+use shim_api::{Code, task as shim};
 
-use self::bundle::Bundles;
+use self::bundle::{Bundles, End};
 use self::launch::{Launcher, ShimLog};
-use self::task::{Live, Phase, Task, from_shim};
+use self::task::{Connect, Live, Phase, Task, from_shim};
 use crate::context::{Namespace, RequestContext, validate_identifier};
 use crate::error::{Error, Result, blocking, outlive};
 use crate::events::Exchange;
@@ -54,6 +58,9 @@ const STATE_LIMIT: Duration = Duration::from_secs(2);
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(3);
 /// How long a shim may take over removing what a failed create left in it.
 const UNDO_LIMIT: Duration = Duration::from_secs(10);
+/// Between two tries to reach a shim that may be alive, at first and at most.
+const RECONNECT_FIRST: Duration = Duration::from_millis(50);
+const RECONNECT_LAST: Duration = Duration::from_secs(5);
 /// How many shims are asked at once for a list.
 const LIST_WIDTH: usize = 32;
 
@@ -70,6 +77,8 @@ pub struct TasksOptions {
     pub ttrpc_address: PathBuf,
     /// Where shims are looked for before PATH.
     pub shim_dirs: Vec<PathBuf>,
+    /// The soft limit of descriptors for shims; None for the engine's own.
+    pub descriptors: Option<u64>,
 }
 
 /// The tasks of all namespaces; cheap to clone.
@@ -85,20 +94,19 @@ pub struct Tasks {
 type Key = (Namespace, String);
 
 impl Tasks {
-    /// Tasks with these folders; [`Tasks::restore`] then finds those of an earlier engine.
+    /// Tasks with these folders. Those of an earlier engine have their names, and are brought back by
+    /// [`Tasks::restore`]. Blocks.
     pub fn open(options: TasksOptions, metadata: Metadata, events: Exchange) -> Result<Self> {
         let bundles = Bundles::new(&options.root, &options.state);
         for (folder, mode) in [(&bundles.state, 0o711), (&bundles.work, 0o711)] {
             sys::fs::create_dir_all(folder, mode)
                 .map_err(|error| Error::io("create folder", folder, &error))?;
         }
-        Ok(Tasks {
-            bundles,
-            launcher: Launcher::new(options.grpc_address, options.ttrpc_address, options.shim_dirs),
-            metadata,
-            events,
-            tasks: Arc::default(),
-        })
+        let TasksOptions { grpc_address, ttrpc_address, shim_dirs, descriptors, .. } = options;
+        let launcher = Launcher::new(grpc_address, ttrpc_address, shim_dirs, descriptors);
+        let tasks = Tasks { bundles, launcher, metadata, events, tasks: Arc::default() };
+        tasks.find_bundles();
+        Ok(tasks)
     }
 
     /// Makes the task of a container: its bundle, its shim, its init process, which waits for a start. The init's pid.
@@ -134,12 +142,18 @@ impl Tasks {
         let program = self.launcher.find(name)?;
         let options = request.options.filter(|any| !any.value.is_empty()).or(runtime.options);
         let checkpoint = checkpoint_path(request.checkpoint.is_some(), options.as_ref())?;
+        if task.bundle.path.exists() {
+            // Its clean-up failed; the container may still run.
+            self.run_delete(task).await.map_err(|error| error.context("clean up after an earlier task"))?;
+        }
         let spec = container.spec.as_ref().map(|any| any.value.clone()).unwrap_or_default();
         let (bundle, noted) = (task.bundle.clone(), program.clone());
         blocking(move || {
             bundle.create(&spec)?;
             // Before the shim starts, so that whatever happens from here on can be cleaned up by it.
-            bundle.note_program(&noted)
+            bundle.note_program(&noted).inspect_err(|_| {
+                let _ = bundle.remove();
+            })
         })
         .await?;
         let request = shim::CreateTaskRequest {
@@ -154,20 +168,24 @@ impl Tasks {
             options: options.clone(),
             ..Default::default()
         };
-        match self.start_shim(task, &program, options).await {
-            Ok(live) => match live.client.create(request).await {
-                Ok(created) => {
-                    self.went_live(task, live);
-                    Ok(created.pid)
-                }
-                Err(error) => {
-                    self.undo(task, Some(&live)).await;
-                    Err(from_shim(error))
-                }
-            },
+        let live = match self.start_shim(task, &program, options).await {
+            Ok(live) => live,
             Err(error) => {
-                self.undo(task, None).await;
-                Err(error)
+                // It was never asked for a container, so that there is no more than the shim.
+                self.kill_shim(task).await;
+                self.remove_bundle(task).await;
+                return Err(error);
+            }
+        };
+        match live.client.create(request).await {
+            Ok(created) => {
+                task.note_pid(created.pid);
+                self.went_live(task, live);
+                Ok(created.pid)
+            }
+            Err(error) => {
+                self.undo(task, &live, error.code).await;
+                Err(from_shim(error))
             }
         }
     }
@@ -177,46 +195,105 @@ impl Tasks {
             Ok(log) => task.follows(log),
             Err(error) => tracing::warn!(%error, id = task.id, "the shim's log cannot be read"),
         }
-        let answer = self.launcher.start(program, &task.bundle, &task.namespace, &task.id, options).await?;
-        let live = Live::connect(&answer, &task.namespace).await?;
+        let mut tries = 0;
+        let (answer, live) = loop {
+            let options = options.clone();
+            let answer =
+                self.launcher.start(program, &task.bundle, &task.namespace, &task.id, options).await?;
+            task.note_address(&answer.address);
+            match Live::connect(&answer, &task.namespace).await {
+                Ok(live) => break (answer, live),
+                // It named the shim of its group, which was about to end.
+                Err(Connect::Dead(_)) if tries == 0 => tries += 1,
+                Err(Connect::Dead(error) | Connect::Failed(error)) => return Err(error),
+            }
+        };
         let bundle = task.bundle.clone();
         blocking(move || bundle.note_shim(&answer)).await?;
         Ok(live)
     }
 
-    /// Makes the task visible, and sees to it if its shim dies.
+    /// Makes the task visible, and keeps the way to its shim.
     fn went_live(&self, task: &Arc<Task>, live: Live) {
-        let client = live.client.clone();
-        task.set(Phase::Live(live));
-        let (this, task) = (self.clone(), task.clone());
-        tokio::spawn(async move {
-            client.closed().await;
-            if task.claim_end() {
-                this.clean_up_dead(&task).await;
+        task.set_reached(Phase::Live(live.clone()));
+        tokio::spawn(self.clone().keep(task.clone(), Some(live)));
+    }
+
+    /// Keeps the way to a shim for as long as the task lives. A connection that ends says nothing of the shim: it is dead
+    /// when nobody listens at its socket any more.
+    async fn keep(self, task: Arc<Task>, mut live: Option<Live>) {
+        let mut pause = RECONNECT_FIRST;
+        loop {
+            if let Some(live) = live.take() {
+                let since = Instant::now();
+                tokio::select! {
+                    () = live.client.closed() => {}
+                    () = task.over() => return,
+                }
+                if since.elapsed() > RECONNECT_LAST {
+                    pause = RECONNECT_FIRST;
+                }
             }
-        });
+            if task.is_ending() {
+                return;
+            }
+            let error = match task.bundle.shim_address() {
+                Ok(answer) => match Live::connect(&answer, &task.namespace).await {
+                    Ok(new) => {
+                        tracing::info!(id = task.id, namespace = %task.namespace, "connected to the shim again");
+                        task.set_reached(Phase::Live(new.clone()));
+                        live = Some(new);
+                        None
+                    }
+                    Err(Connect::Dead(_)) => {
+                        if task.claim_end() {
+                            self.clean_up_dead(&task).await;
+                        }
+                        return;
+                    }
+                    Err(Connect::Failed(error)) => Some(error),
+                },
+                Err(error) => Some(error),
+            };
+            if let Some(error) = error {
+                tracing::warn!(%error, id = task.id, namespace = %task.namespace, "the shim cannot be reached");
+                task.set_reached(Phase::Unreachable(error.to_string().into()));
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = task.over() => return,
+            }
+            pause = (pause * 2).min(RECONNECT_LAST);
+        }
     }
 
     /// Removes everything of a task whose create failed. What fails here is logged: the caller has an error already.
-    async fn undo(&self, task: &Arc<Task>, live: Option<&Live>) {
-        match live {
-            Some(live) => {
-                let request = shim::DeleteRequest { id: task.id.clone(), ..Default::default() };
-                // A shim that knows no such container has taken back what it began.
-                let deleted = match tokio::time::timeout(UNDO_LIMIT, live.client.delete(request)).await {
-                    Ok(Ok(_)) => true,
-                    Ok(Err(error)) => error.code == shim_api::Code::NotFound,
-                    Err(_) => false,
-                };
-                let ended = self.end_shim(task, live).await;
-                if !(deleted && ended)
-                    && let Err(error) = self.run_delete(task).await
-                {
-                    tracing::warn!(%error, id = task.id, namespace = %task.namespace, "after a failed create");
+    async fn undo(&self, task: &Arc<Task>, live: &Live, failure: Code) {
+        // A shim that answered has taken back what it began, and knows no such container. One that did not may
+        // still be at it.
+        let answered = !matches!(failure, Code::DeadlineExceeded | Code::Closed | Code::Unavailable);
+        let deadline = Instant::now() + UNDO_LIMIT;
+        let deleted = loop {
+            let request = shim::DeleteRequest { id: task.id.clone(), ..Default::default() };
+            let left = deadline.saturating_duration_since(Instant::now());
+            match tokio::time::timeout(left, live.client.delete(request)).await {
+                Ok(Ok(_)) => break true,
+                Ok(Err(error)) if error.code == Code::NotFound && answered => break true,
+                Ok(Err(error)) if error.code == Code::NotFound => {
+                    tokio::time::sleep(RECONNECT_FIRST).await;
                 }
+                Ok(Err(_)) | Err(_) => break false,
             }
-            // Its shim was never asked for a container, so that there is no more than the shim.
-            None => self.kill_shim(task),
+        };
+        let ended = self.end_shim(task, live).await;
+        if !(deleted && ended)
+            && let Err(error) = self.run_delete(task).await
+        {
+            tracing::error!(
+                %error, id = task.id, namespace = %task.namespace,
+                "what a failed create left could not be cleaned up; the next create or start tries again"
+            );
+            return;
         }
         self.remove_bundle(task).await;
     }
@@ -227,7 +304,7 @@ impl Tasks {
         let ended = tokio::time::timeout(SHUTDOWN_LIMIT, async {
             // Its connection may end before its answer comes.
             let _ = live.client.shutdown(request).await;
-            if !self.is_shared(task, live) {
+            if !self.is_shared(task) {
                 live.client.closed().await;
             }
         });
@@ -235,31 +312,51 @@ impl Tasks {
             return true;
         }
         tracing::warn!(id = task.id, namespace = %task.namespace, "the shim did not end within {SHUTDOWN_LIMIT:?}");
-        self.kill_shim(task);
-        false
+        self.kill_shim(task).await
     }
 
-    /// Whether another task lives in the same shim.
-    fn is_shared(&self, task: &Task, live: &Live) -> bool {
+    /// Whether another task lives, or is being made, in the same shim.
+    fn is_shared(&self, task: &Task) -> bool {
+        let Some(address) = task.address() else { return false };
         let others: Vec<_> = self.tasks.lock().values().cloned().collect();
         others
             .iter()
             .filter(|other| other.id != task.id || other.namespace != task.namespace)
-            .any(|other| other.live().is_some_and(|other| other.address == live.address))
+            .any(|other| !other.is_over() && other.address().is_some_and(|of| of == address))
     }
 
     /// Kills what was started for this bundle and still runs in it: a shim that hangs, with the runtimes it started.
-    fn kill_shim(&self, task: &Task) {
-        for pid in restore::processes_in(&task.bundle.path) {
-            tracing::warn!(pid, id = task.id, namespace = %task.namespace, "killing a shim that does not end");
-            restore::kill(pid);
+    /// Not one that others share, which is said by the answer.
+    async fn kill_shim(&self, task: &Task) -> bool {
+        if self.is_shared(task) {
+            return true;
         }
+        let (path, id, namespace) = (task.bundle.path.clone(), task.id.clone(), task.namespace.clone());
+        let killed = blocking(move || {
+            for pid in restore::processes_in(&path) {
+                tracing::warn!(pid, id, %namespace, "killing a shim that does not end");
+                restore::kill(pid);
+            }
+            Ok(())
+        });
+        if let Err(error) = killed.await {
+            tracing::error!(%error, "killing a shim");
+        }
+        false
     }
 
     async fn remove_bundle(&self, task: &Task) {
         let bundle = task.bundle.clone();
         if let Err(error) = blocking(move || bundle.remove()).await {
             tracing::error!(%error, id = task.id, namespace = %task.namespace, "a bundle is left; the next start removes it");
+        }
+    }
+
+    /// Notes in the bundle how the task ended; where that fails, the next start finds it out anew.
+    async fn note_end(&self, task: &Task, end: End) {
+        let bundle = task.bundle.clone();
+        if let Err(error) = blocking(move || bundle.note_end(&end)).await {
+            tracing::warn!(%error, id = task.id, namespace = %task.namespace, "the end of a task was not noted");
         }
     }
 
@@ -287,15 +384,38 @@ impl Tasks {
             let request = shim::DeleteRequest { id: task.id.clone(), ..Default::default() };
             let exit = match task.phase() {
                 Phase::Live(live) => match live.client.delete(request).await {
-                    Ok(answer) if task.claim_end() => {
-                        this.end_shim(&task, &live).await;
-                        Exit::of(answer.pid, answer.exit_status, answer.exited_at)
+                    Ok(answer) => {
+                        let exit = Exit::of(answer.pid, answer.exit_status, answer.exited_at);
+                        if !task.claim_end() {
+                            // The shim died as it answered: what is left is being cleaned up.
+                            task.over().await;
+                            if !task.leaves() {
+                                return Ok(exit);
+                            }
+                        } else {
+                            this.note_end(&task, End::Deleted).await;
+                            this.end_shim(&task, &live).await;
+                        }
+                        this.remove_bundle(&task).await;
+                        this.forget(&task);
+                        return Ok(exit);
                     }
-                    // The shim died as it answered: what is left is being cleaned up.
-                    Ok(_) => task.died().await?,
-                    Err(error) if error.code == shim_api::Code::Closed => task.died().await?,
-                    Err(error) => return Err(from_shim(error)),
+                    Err(error) if error.code == Code::Closed => task.died().await?,
+                    Err(error) => {
+                        // The shim has lost it, as after an earlier delete that was not waited for: nobody else will
+                        // set the name free.
+                        if error.code == Code::NotFound && task.claim_end() {
+                            this.end_shim(&task, &live).await;
+                            if let Err(error) = this.run_delete(&task).await {
+                                tracing::warn!(%error, id = task.id, "cleaning up after a task that its shim has lost");
+                            }
+                            this.remove_bundle(&task).await;
+                            this.forget(&task);
+                        }
+                        return Err(from_shim(error));
+                    }
                 },
+                Phase::Unreachable(why) => return Err(task.unreachable(&why)),
                 Phase::Dead { exit, clean } => {
                     if !clean {
                         this.run_delete(&task).await?;
@@ -358,9 +478,6 @@ impl Tasks {
         all: bool,
     ) -> Result<()> {
         let task = self.task(context, id)?;
-        if matches!(task.phase(), Phase::Dead { .. }) {
-            return Err(Error::not_found(format!("the process of task {id} has ended")));
-        }
         let request = shim::KillRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), signal, all };
         task.ask(|shim| async move { shim.kill(request).await }).await
     }
@@ -496,16 +613,23 @@ impl Tasks {
     /// Answers when a process has ended, also when its shim ends first.
     pub async fn wait(&self, context: &RequestContext, id: &str, exec_id: &str) -> Result<Exit> {
         let task = self.task(context, id)?;
-        if let Phase::Live(live) = task.phase() {
-            let request = shim::WaitRequest { id: id.to_owned(), exec_id: exec_id.to_owned() };
-            match live.client.wait(request).await {
-                Ok(answer) => return Ok(Exit::of(0, answer.exit_status, answer.exited_at)),
-                Err(error) if error.code == shim_api::Code::Closed => {}
-                Err(error) => return Err(from_shim(error)),
+        loop {
+            match task.phase() {
+                Phase::Live(live) => {
+                    if let Some(exit) = task.exit_of(&live, exec_id).await? {
+                        return Ok(exit);
+                    }
+                    match task.died().await {
+                        Err(Error::Unavailable(_)) => {}
+                        // An exec does not outlive its container.
+                        settled => return settled,
+                    }
+                }
+                Phase::Unreachable(_) => task.reached().await,
+                Phase::Dead { exit, .. } => return Ok(exit),
+                Phase::Creating | Phase::Gone => return Err(no_task(id)),
             }
         }
-        // An exec does not outlive its container.
-        task.died().await
     }
 
     /// Passes on what a shim publishes, and remembers exits: should the shim die, its exit is known and not told twice.

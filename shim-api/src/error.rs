@@ -39,6 +39,8 @@ pub enum Code {
     Unauthenticated,
     /// The connection ended before the answer came: whether the call took effect is unknown. Never on the wire.
     Closed,
+    /// Nobody listens at the address: no socket, or one whose listener is gone. Never on the wire.
+    Refused,
 }
 
 /// Code, number on the wire, and the ttrpc crate's name of it.
@@ -62,7 +64,7 @@ const CODES: [(Code, i32, ttrpc::Code); 16] = [
 ];
 
 impl Code {
-    /// The number gRPC and ttrpc give this class; [`Code::Closed`] has none of its own and becomes Unavailable's.
+    /// The number gRPC and ttrpc give this class; [`Code::Closed`] and [`Code::Refused`] have none of their own and become Unavailable's.
     #[must_use]
     pub fn number(self) -> i32 {
         CODES.iter().find(|row| row.0 == self).map_or(14, |row| row.1)
@@ -118,6 +120,7 @@ constructors! {
     internal Internal,
     unavailable Unavailable,
     closed Closed,
+    refused Refused,
 }
 
 impl Error {
@@ -139,6 +142,7 @@ impl Error {
         matches!(
             self.code,
             Code::Closed
+                | Code::Refused
                 | Code::Unavailable
                 | Code::DeadlineExceeded
                 | Code::Cancelled

@@ -126,7 +126,7 @@ impl TaskClient {
     /// Connects to the shim at `address` (`unix:///path`), speaking version 2 or 3 of the service.
     ///
     /// # Errors
-    /// InvalidArgument for another version or an unusable address, Unavailable when no shim listens there.
+    /// InvalidArgument for another version or an unusable address, else those of [`Connection::connect`].
     pub async fn connect(address: &str, version: u32) -> Result<Self> {
         let service = Self::service_name(version)?;
         Ok(Self { connection: Connection::connect(address).await?, service, deadline: DEFAULT_DEADLINE })
@@ -162,6 +162,12 @@ impl TaskClient {
     pub fn with_deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
+    }
+
+    /// Whether the connection has ended.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.connection.is_closed()
     }
 
     /// Resolves when the connection has ended, as it does when the shim dies.

@@ -21,18 +21,22 @@ use async_trait::async_trait;
 use prost::Message;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use ttrpc::r#async::transport::{Listener, Socket};
 use ttrpc::r#async::{MethodHandler, TtrpcContext};
 use ttrpc::{Request, Response};
 
-use crate::{Error, Result};
+use crate::{Code, Error, Result};
 
 /// The ttrpc header that carries the namespace.
 pub const NAMESPACE_HEADER: &str = "containerd-namespace-ttrpc";
 
 /// How long to wait for a Unix socket to take a connection; its listener may be alive but stuck.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// The most calls that may be unanswered on a connection. Calls are not given up in mid-write, so that those of a peer
+/// that hangs stay until it answers or goes.
+const UNANSWERED_MAX: usize = 1024;
 
 /// The path in an address of the form `unix:///path`, `ttrpc+unix:///path` or a bare absolute path.
 ///
@@ -56,19 +60,24 @@ pub struct Connection {
     client: ttrpc::r#async::Client,
     ended: watch::Receiver<()>,
     namespace: Option<Arc<str>>,
+    unanswered: Arc<Semaphore>,
 }
 
 impl Connection {
     /// Connects to a Unix socket address (see [`socket_path`]).
     ///
     /// # Errors
-    /// Unavailable when nobody listens there, DeadlineExceeded when the peer does not accept within 10 s.
+    /// Refused when nobody listens there, Unavailable when there is no way to it now, DeadlineExceeded when the peer does not accept within 10 s.
     pub async fn connect(address: &str) -> Result<Self> {
         let path = socket_path(address)?;
         let stream = tokio::time::timeout(CONNECT_LIMIT, UnixStream::connect(path))
             .await
             .map_err(|_| Error::deadline_exceeded(format!("connect to {address}: not accepted within 10 s")))?
-            .map_err(|error| Error::unavailable(format!("connect to {address}: {error}")))?;
+            .map_err(|error| {
+                let gone = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+                let code = if gone { Code::Refused } else { Code::Unavailable };
+                Error::new(code, format!("connect to {address}: {error}"))
+            })?;
         Ok(Self::over(stream))
     }
 
@@ -77,7 +86,12 @@ impl Connection {
     pub fn over(stream: UnixStream) -> Self {
         let (alive, ended) = watch::channel(());
         let socket = Socket::new(WatchedStream { stream, _alive: alive });
-        Self { client: ttrpc::r#async::Client::new(socket), ended, namespace: None }
+        Self {
+            client: ttrpc::r#async::Client::new(socket),
+            ended,
+            namespace: None,
+            unanswered: Arc::new(Semaphore::new(UNANSWERED_MAX)),
+        }
     }
 
     /// The same connection, whose calls carry this namespace in their metadata.
@@ -129,11 +143,24 @@ impl Connection {
         }
         // The deadline stays on this side: the crate would pass it on, and a Go shim kills a running runc when
         // its time is up, which leaves half a container.
+        let Ok(permit) = self.unanswered.clone().try_acquire_owned() else {
+            return Err(Error::unavailable(format!(
+                "call {service}/{method}: {UNANSWERED_MAX} calls are unanswered; is the peer stopped?"
+            )));
+        };
+        // In a task of its own: the crate closes the connection when a request is dropped in mid-write, which a
+        // caller that gives up must not cause.
+        let (this, running) = (self.clone(), permit);
+        let request = tokio::spawn(async move {
+            let _running = running;
+            this.request(envelope).await
+        });
+        let request = async { request.await.unwrap_or_else(|error| Err(Error::internal(error))) };
         let answer = match limit {
-            Some(limit) => tokio::time::timeout(limit, self.request(envelope)).await.map_err(|_| {
+            Some(limit) => tokio::time::timeout(limit, request).await.map_err(|_| {
                 Error::deadline_exceeded(format!("call {service}/{method}: no answer within {limit:?}"))
             })?,
-            None => self.request(envelope).await,
+            None => request.await,
         };
         let answer = answer?;
         A::decode(answer.payload.as_slice()).map_err(|error| {

@@ -155,7 +155,7 @@ async fn the_end_of_a_connection_is_known_and_ends_its_calls() {
     assert_eq!(waiting.await.unwrap().unwrap_err().code, Code::Unavailable);
     assert_eq!(echo(&connection, "x").await.unwrap_err().code, Code::Closed);
     stopping.await.unwrap();
-    assert_eq!(Connection::connect("unix:///nonexistent").await.err().unwrap().code, Code::Unavailable);
+    assert_eq!(Connection::connect("unix:///nonexistent").await.err().unwrap().code, Code::Refused);
     assert_eq!(Connection::connect("unix://@abstract").await.err().unwrap().code, Code::InvalidArgument);
 }
 

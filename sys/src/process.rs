@@ -54,6 +54,30 @@ pub fn pass_descriptors(command: &mut Command, descriptors: Vec<OwnedFd>) {
     }
 }
 
+/// Raises this process's limit of open descriptors to what it may have; the limit before.
+///
+/// # Errors
+/// Those of setrlimit(2).
+pub fn raise_descriptor_limit() -> io::Result<u64> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: before.maximum, maximum: before.maximum })?;
+    Ok(before.current.unwrap_or(u64::MAX))
+}
+
+/// Gives the program this soft limit of open descriptors instead of ours: many programs loop over all they may have.
+pub fn set_descriptor_limit(command: &mut Command, soft: u64) {
+    // SAFETY: getrlimit and setrlimit are system calls and allocate nothing.
+    unsafe {
+        command.pre_exec(move || {
+            use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+            let maximum = getrlimit(Resource::Nofile).maximum;
+            setrlimit(Resource::Nofile, Rlimit { current: Some(soft), maximum })?;
+            Ok(())
+        });
+    }
+}
+
 /// Makes the program lead a session of its own, so that no terminal and no group signal of ours reaches it.
 pub fn detach(command: &mut Command) {
     // SAFETY: setsid is async-signal-safe and allocates nothing.

@@ -8,6 +8,7 @@
 //!   log                 fifo: the shim's log, read by the engine
 //!   shim-binary-path    the shim's program, for cleaning up after it
 //!   bootstrap.json      where the shim listens; `address`, written by shims of 1.6 and 1.7, says it too
+//!   end.json            how the task ended, once it has
 //! ```
 //!
 //! Invariant: a bundle is there under its own name before its shim starts and until all of the task is gone. It is
@@ -19,9 +20,10 @@ use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use shim_api::bootstrap::Answer;
 
+use super::task::Exit;
 use crate::context::Namespace;
 use crate::error::{Error, Result};
 
@@ -44,6 +46,15 @@ pub(super) struct Bundle {
     pub(super) path: PathBuf,
     /// The work folder.
     work: PathBuf,
+}
+
+/// The end of a task, whose bundle may stay behind it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) enum End {
+    /// Its shim died; exit and delete were published, and the client has not deleted it yet.
+    Dead(Exit),
+    /// It was deleted.
+    Deleted,
 }
 
 impl Bundles {
@@ -131,20 +142,33 @@ impl Bundle {
         Some(PathBuf::from(text)).filter(|path| path.is_absolute())
     }
 
-    /// Where the shim listens; NotFound when it never said.
+    /// Where the shim listens; NotFound when it never said, DataLoss when what it said cannot be read.
     pub(super) fn shim_address(&self) -> Result<Answer> {
+        let mut unread = None;
         for name in ["bootstrap.json", "address"] {
             let path = self.path.join(name);
-            match fs::read(&path) {
-                Ok(bytes) => {
-                    return Answer::parse(&bytes)
-                        .map_err(|error| Error::data_loss(format!("{}: {error}", path.display())));
-                }
+            match fs::read(&path).map(|bytes| Answer::parse(&bytes)) {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(error)) => unread = Some(Error::data_loss(format!("{}: {error}", path.display()))),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Error::io("read", &path, &error)),
+                Err(error) => return Err(Error::unavailable(format!("read {}: {error}", path.display()))),
             }
         }
-        Err(Error::not_found(format!("the bundle {} names no shim's address", self.path.display())))
+        Err(unread.unwrap_or_else(|| {
+            Error::not_found(format!("the bundle {} names no shim's address", self.path.display()))
+        }))
+    }
+
+    /// Notes how the task ended, so that an engine that starts later neither asks for it nor tells it again.
+    pub(super) fn note_end(&self, end: &End) -> Result<()> {
+        let text =
+            serde_json::to_vec(end).map_err(|error| Error::internal(format!("encode an exit: {error}")))?;
+        self.write("end.json", &text)
+    }
+
+    /// How the task ended, if an engine got as far as to note it.
+    pub(super) fn end(&self) -> Option<End> {
+        serde_json::from_slice(&fs::read(self.path.join("end.json")).ok()?).ok()
     }
 
     /// Removes the bundle and its work folder, after taking down what is mounted in it; fine when it is not there.
@@ -251,6 +275,19 @@ mod tests {
     }
 
     #[test]
+    fn an_end_is_noted() {
+        let folder = tempfile::tempdir().unwrap();
+        let bundle = bundle(folder.path());
+        bundle.create(b"{}").unwrap();
+        assert_eq!(bundle.end(), None);
+        let at = prost_types::Timestamp { seconds: 5, nanos: 6 };
+        for end in [End::Dead(Exit { pid: 7, status: 137, at: Some(at) }), End::Deleted] {
+            bundle.note_end(&end).unwrap();
+            assert_eq!(bundle.end(), Some(end));
+        }
+    }
+
+    #[test]
     fn leftovers_do_not_hinder() {
         let folder = tempfile::tempdir().unwrap();
         let bundle = bundle(folder.path());
@@ -270,6 +307,8 @@ mod tests {
         fs::write(bundle.path.join("address"), "unix:///run/containerd/s/ab").unwrap();
         assert_eq!(bundle.shim_address().unwrap(), Answer::ttrpc(2, "unix:///run/containerd/s/ab"));
         fs::write(bundle.path.join("bootstrap.json"), "{\"vers").unwrap();
+        assert_eq!(bundle.shim_address().unwrap(), Answer::ttrpc(2, "unix:///run/containerd/s/ab"));
+        fs::remove_file(bundle.path.join("address")).unwrap();
         assert!(matches!(bundle.shim_address(), Err(Error::DataLoss(_))));
     }
 

@@ -43,6 +43,8 @@ pub(super) struct Launcher {
     /// Searched before PATH.
     dirs: Arc<[PathBuf]>,
     generations: Arc<Mutex<HashMap<Program, Generation>>>,
+    /// The limit of descriptors that this engine was started with, which is what shims and containers get.
+    descriptors: Option<u64>,
 }
 
 /// A program in one of its versions.
@@ -57,8 +59,13 @@ struct Outcome {
 
 impl Launcher {
     /// Shims will publish their events to these addresses.
-    pub(super) fn new(grpc_address: PathBuf, ttrpc_address: PathBuf, dirs: Vec<PathBuf>) -> Self {
-        Launcher { grpc_address, ttrpc_address, dirs: dirs.into(), generations: Arc::default() }
+    pub(super) fn new(
+        grpc_address: PathBuf,
+        ttrpc_address: PathBuf,
+        dirs: Vec<PathBuf>,
+        descriptors: Option<u64>,
+    ) -> Self {
+        Launcher { grpc_address, ttrpc_address, dirs: dirs.into(), generations: Arc::default(), descriptors }
     }
 
     /// The shim's program for a runtime, named like `io.containerd.runc.v2` or by an absolute path.
@@ -221,6 +228,9 @@ impl Launcher {
             .args(bootstrap::arguments(launch, bundle_for_delete, action))
             .envs(bootstrap::environment(launch))
             .current_dir(&bundle.path);
+        if let Some(descriptors) = self.descriptors {
+            sys::process::set_descriptor_limit(command.as_std_mut(), descriptors);
+        }
         command
     }
 }
@@ -455,8 +465,12 @@ mod tests {
     fn our_own_folder_goes_before_path() {
         let folder = tempfile::tempdir().unwrap();
         let path = script(folder.path(), "");
-        let launcher =
-            Launcher::new("/s".into(), "/s.ttrpc".into(), vec!["/nowhere".into(), folder.path().into()]);
+        let launcher = Launcher::new(
+            "/s".into(),
+            "/s.ttrpc".into(),
+            vec!["/nowhere".into(), folder.path().into()],
+            None,
+        );
         assert_eq!(launcher.find("io.containerd.test.v1").unwrap(), path.canonicalize().unwrap());
         assert_eq!(launcher.find(path.to_str().unwrap()).unwrap(), path);
         for absent in ["io.containerd.nosuch.v9", "/no/such/shim", "/etc/passwd", "/"] {

@@ -25,8 +25,9 @@ use shim_api::bootstrap::Answer;
 use shim_api::{Code, task as shim};
 
 use super::Tasks;
+use super::bundle::End;
 use super::launch::ShimLog;
-use super::task::{Exit, Live, Phase, Task};
+use super::task::{Connect, Exit, Live, Phase, Task};
 use crate::context::{Namespace, validate_identifier};
 use crate::error::{Error, Result, blocking};
 use crate::metadata::Read as _;
@@ -43,10 +44,10 @@ const WIDTH: usize = 64;
 const KILLED: u32 = 137;
 
 impl Tasks {
-    /// Finds the tasks of an earlier engine.
+    /// Brings back the tasks of an earlier engine. To be called once, before clients are served.
     pub async fn restore(&self) {
         let begun = Instant::now();
-        let tasks = self.find_bundles();
+        let tasks: Vec<_> = self.tasks.lock().values().cloned().collect();
         let count = tasks.len();
         stream::iter(tasks)
             .for_each_concurrent(WIDTH, |task| async move {
@@ -56,16 +57,22 @@ impl Tasks {
                 }
             })
             .await;
-        self.remove_stray_work();
+        let this = self.clone();
+        let swept = blocking(move || {
+            this.remove_stray_work();
+            Ok(())
+        });
+        if let Err(error) = swept.await {
+            tracing::error!(%error, "looking for stray work folders");
+        }
         if count > 0 {
             let live = self.tasks.lock().values().filter(|task| task.live().is_some()).count();
             tracing::info!(bundles = count, live, took = ?begun.elapsed(), "tasks restored");
         }
     }
 
-    /// All bundles, as tasks whose names are taken. Removals that were cut short are ended here.
-    fn find_bundles(&self) -> Vec<Arc<Task>> {
-        let mut found = Vec::new();
+    /// Takes the names of all bundles for their tasks. Removals that were cut short are ended here.
+    pub(super) fn find_bundles(&self) {
         for (namespace, id) in entries_of_entries(&self.bundles.state) {
             if let Some(id) = id.strip_prefix('.') {
                 if let Ok(namespace) = Namespace::new(&namespace)
@@ -82,23 +89,44 @@ impl Tasks {
                 continue;
             }
             let task = Task::new(namespace.clone(), id.clone(), bundle);
-            self.tasks.lock().insert((namespace, id), task.clone());
-            found.push(task);
+            // All before any: who shares a shim must be known before one is ended.
+            if let Ok(answer) = task.bundle.shim_address() {
+                task.note_address(&answer.address);
+            }
+            self.tasks.lock().insert((namespace, id), task);
         }
-        found
     }
 
     async fn load(&self, task: &Arc<Task>) -> Result<()> {
+        match task.bundle.end() {
+            Some(End::Deleted) => {
+                self.remove_bundle(task).await;
+                self.forget(task);
+                return Ok(());
+            }
+            Some(End::Dead(exit)) if self.container(&task.namespace, &task.id).is_ok() => {
+                task.claim_end();
+                task.set(Phase::Dead { exit, clean: true });
+                return Ok(());
+            }
+            Some(End::Dead(_)) | None => {}
+        }
         if let Ok(log) = ShimLog::follow(&task.bundle, &task.namespace, &task.id) {
             task.follows(log);
         }
-        let Some(answer) = await_address(task).await else {
-            return self.discard(task).await;
+        let answer = match await_address(task).await {
+            Ok(Some(answer)) => answer,
+            Ok(None) => return self.discard(task).await,
+            Err(error) if self.container(&task.namespace, &task.id).is_ok() => {
+                return self.keep_trying(task, &error);
+            }
+            Err(_) => return self.discard(task).await,
         };
+        task.note_address(&answer.address);
         let live = match Live::connect(&answer, &task.namespace).await {
             Ok(live) => live,
-            Err(error @ Error::Unimplemented(_)) => return Err(error),
-            Err(error) => {
+            Err(Connect::Failed(error)) => return self.keep_trying(task, &error),
+            Err(Connect::Dead(error)) => {
                 tracing::info!(%error, id = task.id, namespace = %task.namespace, "a shim has died meanwhile");
                 return self.settle_dead(task).await;
             }
@@ -108,7 +136,10 @@ impl Tasks {
             let request = shim::StateRequest { id: task.id.clone(), exec_id: String::new() };
             let state = tokio::time::timeout(LOAD_LIMIT, live.client.state(request)).await;
             match state {
-                Ok(Ok(_)) => break,
+                Ok(Ok(state)) => {
+                    task.note_pid(state.pid);
+                    break;
+                }
                 Ok(Err(error)) if error.code == Code::NotFound => {
                     // Its create was cut short, or goes on without its engine: then it will have a task soon.
                     let request = shim::ShutdownRequest { id: task.id.clone(), now: false };
@@ -118,7 +149,8 @@ impl Tasks {
                         return self.discard(task).await;
                     }
                 }
-                Ok(Err(error)) if error.code == Code::Closed => return self.settle_dead(task).await,
+                // What it means for the shim is found out by those who keep the way to it.
+                Ok(Err(error)) if error.code == Code::Closed => break,
                 Ok(Err(error)) => {
                     tracing::warn!(%error, id = task.id, namespace = %task.namespace, "a shim does not know its task");
                     break;
@@ -133,15 +165,22 @@ impl Tasks {
         Ok(())
     }
 
-    /// Ends a task that never came to be: no client was told of it.
+    /// Keeps a task whose shim may be alive and cannot be reached now.
+    fn keep_trying(&self, task: &Arc<Task>, error: &Error) -> Result<()> {
+        task.set_reached(Phase::Unreachable(error.to_string().into()));
+        tokio::spawn(self.clone().keep(task.clone(), None));
+        Ok(())
+    }
+
+    /// Ends a task that never came to be: no client was told of it. When it cannot be ended its bundle stays, for the next
+    /// start or create to try again.
     async fn discard(&self, task: &Arc<Task>) -> Result<()> {
         tracing::info!(id = task.id, namespace = %task.namespace, "what is left of an unfinished create is removed");
-        self.kill_shim(task);
-        let cleaned = self.run_delete(task).await;
-        let bundle = task.bundle.clone();
-        blocking(move || bundle.remove()).await?;
+        self.kill_shim(task).await;
+        self.run_delete(task).await?;
+        self.remove_bundle(task).await;
         self.forget(task);
-        cleaned.map(|_| ())
+        Ok(())
     }
 
     /// Cleans up after a shim that was dead when the engine started. Without a container no client can ask for the
@@ -159,7 +198,6 @@ impl Tasks {
     pub(super) async fn clean_up_dead(&self, task: &Arc<Task>) {
         let (id, namespace) = (&task.id, &task.namespace);
         tracing::warn!(id, %namespace, "the shim is gone; cleaning up after it");
-        let seen = task.seen_exit();
         let (exit, clean) = match self.run_delete(task).await {
             Ok(exit) => (exit, true),
             Err(error) => {
@@ -167,6 +205,8 @@ impl Tasks {
                 (Exit::of(0, KILLED, Some(SystemTime::now().into())), false)
             }
         };
+        // Only now: the shim's last events may have come in meanwhile.
+        let seen = task.seen_exit();
         let exit = seen.unwrap_or(exit);
         if seen.is_none() {
             let event = TaskExit {
@@ -186,12 +226,16 @@ impl Tasks {
             id: String::new(),
         };
         self.events.publish(namespace, "/tasks/delete", &event);
+        if clean {
+            self.note_end(task, End::Dead(exit)).await;
+        }
         task.set(Phase::Dead { exit, clean });
     }
 
     /// Runs the shim's `delete` and unmounts the root file system, whatever the shim did.
     pub(super) async fn run_delete(&self, task: &Task) -> Result<Exit> {
-        let program = match task.bundle.program() {
+        // The noted one may have gone with an upgrade; its successor cleans up as well.
+        let program = match task.bundle.program().filter(|program| program.exists()) {
             Some(program) => program,
             None => {
                 let view = self.metadata.view();
@@ -228,21 +272,18 @@ impl Tasks {
     }
 }
 
-/// Where the task's shim listens. A start that the last engine began may be about to say so.
-async fn await_address(task: &Task) -> Option<Answer> {
+/// Where the task's shim listens; None when it never said. A start that the last engine began may be about to say so.
+async fn await_address(task: &Task) -> Result<Option<Answer>> {
     let deadline = Instant::now() + SETTLE_LIMIT;
     loop {
         match task.bundle.shim_address() {
-            Ok(answer) => return Some(answer),
             Err(Error::NotFound(_)) => {}
-            Err(error) => {
-                tracing::warn!(%error, id = task.id, namespace = %task.namespace, "the shim cannot be found");
-                return None;
-            }
+            known => return known.map(Some),
         }
-        if Instant::now() > deadline || processes_in(&task.bundle.path).is_empty() {
+        let path = task.bundle.path.clone();
+        if Instant::now() > deadline || blocking(move || Ok(processes_in(&path))).await?.is_empty() {
             // It may have said so between the two looks.
-            return task.bundle.shim_address().ok();
+            return Ok(task.bundle.shim_address().ok());
         }
         tokio::time::sleep(LOOK_AGAIN).await;
     }

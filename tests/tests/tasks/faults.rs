@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use proto::containerd::services::tasks::v1::GetRequest;
 use proto::containerd::v1::types::Status;
 use tonic::Code;
 
@@ -42,6 +43,79 @@ with_each_shim! {
         bench.create("c").await.unwrap();
         bench.start_process("c", "").await.unwrap();
         bench.clear("c").await;
+    }
+
+    a_shim_that_is_stopped_for_a_while_keeps_its_container(bench, shim) {
+        bench.run("c", shim, &["sleep", "1000"]).await;
+        let shims = bench.shim_pids();
+        let signal = |signal| shims.iter().for_each(|pid| kill(Pid::from_raw(*pid), signal).unwrap());
+        signal(Signal::SIGSTOP);
+        // More than its socket takes, each given up by its caller.
+        let calls: Vec<_> = (0..600)
+            .map(|_| {
+                let mut tasks = bench.tasks();
+                let request = bench.request(GetRequest { container_id: "c".into(), exec_id: String::new() });
+                tokio::spawn(async move { tasks.get(request).await.map(|_| ()) })
+            })
+            .collect();
+        for call in calls {
+            assert!(call.await.unwrap().is_err());
+        }
+        signal(Signal::SIGCONT);
+        eventually("the shim answers again", || async {
+            bench.status_or_none("c").await == Some(Status::Running)
+        })
+        .await;
+        assert!(bench.runs("c"));
+        assert!(bench.topics("c").iter().all(|topic| topic != "/tasks/exit"));
+        bench.clear("c").await;
+    }
+
+    an_exit_that_is_known_is_told_once(bench, shim) {
+        bench.run("c", shim, &["sh", "-c", "exit 5"]).await;
+        bench.event("c", "/tasks/exit").await;
+        for pid in bench.shim_pids() {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        }
+        bench.event("c", "/tasks/delete").await;
+        if is_ours() {
+            assert_eq!(bench.wait("c", "").await.unwrap(), 5);
+            eventually("the end is noted", || async { bench.bundle("c").join("end.json").exists() }).await;
+            bench.end_engine(Signal::SIGKILL);
+            bench.start_engine().await;
+            assert_eq!(bench.wait("c", "").await.unwrap(), 5);
+            assert_eq!(bench.delete("c").await.unwrap(), 5);
+        }
+        assert_eq!(bench.task_events("c").iter().filter(|(topic, _)| topic == "/tasks/exit").count(), 1);
+    }
+
+    a_shared_shim_is_not_ended_with_one_of_its_containers(bench, shim) {
+        for id in ["pod", "side"] {
+            let mut spec = bench.spec(id, &["sleep", "1000"]);
+            spec["annotations"] = serde_json::json!({"io.containerd.runc.v2.group": bench.namespace.clone()});
+            bench.container(id, shim, &spec).await;
+            bench.create(id).await.unwrap();
+            bench.start_process(id, "").await.unwrap();
+        }
+        // The one whose bundle the shim was started in goes, in the shim and not in the engine.
+        bench.end_engine(Signal::SIGKILL);
+        let bootstrap = fs::read(bench.bundle("pod").join("bootstrap.json")).unwrap();
+        let answer = shim_api::bootstrap::Answer::parse(&bootstrap).unwrap();
+        let client = shim_api::task::TaskClient::connect(&answer.address, answer.version).await.unwrap();
+        let client = client.with_namespace(&bench.namespace);
+        let (id, exec_id) = ("pod".to_owned(), String::new());
+        let request = shim_api::task::KillRequest { id, exec_id, signal: 9, all: true };
+        client.kill(request).await.unwrap();
+        let (id, exec_id) = ("pod".to_owned(), String::new());
+        client.wait(shim_api::task::WaitRequest { id, exec_id }).await.unwrap();
+        let (id, exec_id) = ("pod".to_owned(), String::new());
+        client.delete(shim_api::task::DeleteRequest { id, exec_id }).await.unwrap();
+        drop(client);
+        bench.start_engine().await;
+        assert_eq!(bench.list().await, ["side"]);
+        assert_eq!(bench.status("side").await, Status::Running);
+        assert!(!bench.bundle("pod").exists());
+        bench.clear("side").await;
     }
 
     a_spec_that_runc_refuses(bench, shim) {
