@@ -37,9 +37,11 @@ impl Namespaces {
         Namespaces { metadata, events }
     }
 
-    /// One namespace; NotFound when there is none of this name.
+    /// One namespace. One that there is not yet has no labels, and is no error, as in containerd: its Go client asks for
+    /// the labels of its namespace before anything has made it.
     pub fn get(&self, name: &str) -> Result<NamespaceInfo> {
-        let record = self.metadata.view().get::<NamespaceRecord>(&[name])?.ok_or_else(|| missing(name))?;
+        Namespace::new(name)?;
+        let record = self.metadata.view().get::<NamespaceRecord>(&[name])?.unwrap_or_default();
         Ok(NamespaceInfo { name: name.to_owned(), labels: record.labels })
     }
 
