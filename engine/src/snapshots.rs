@@ -142,6 +142,7 @@ impl Snapshots {
                 break;
             }
         }
+        opened.snapshotter.cleanup().map_err(|error| convert(name, &error))?;
         let dangling: Vec<Vec<String>> =
             named.into_iter().filter(|(inner, _)| !there.contains(inner)).map(|(_, parts)| parts).collect();
         if dangling.is_empty() {
@@ -626,6 +627,7 @@ fn convert(key: &str, error: &InnerError) -> Error {
             Error::failed_precondition(format!("snapshot {key:?}: {error}"))
         }
         InnerError::InvalidArgument(_) => Error::invalid_argument(format!("snapshot {key:?}: {error}")),
+        InnerError::Lost(_) => Error::data_loss(format!("snapshot {key:?}: {error}")),
         InnerError::Unsupported(_) => Error::unimplemented(error.to_string()),
         InnerError::Io { what, path, source } => Error::io(format!("snapshot {key:?}: {what}"), path, source),
     }
