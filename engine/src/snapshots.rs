@@ -6,7 +6,8 @@
 //!
 //! Invariants: a record names a snapshot that the snapshotter has, because it is written after the snapshot is there and
 //! deleted before it goes. What a crash leaves between the two has no record, and goes at the next start. A commit, which
-//! takes one inner key away for another, is recorded before it begins, and is brought to its end at the next start.
+//! takes one inner key away for another, is recorded before it begins, and is brought to its end at the next start; the
+//! record of it goes before only when the snapshotter is known to have done it, or not to have.
 
 mod reconcile;
 
@@ -347,6 +348,17 @@ impl Snapshots {
                 })
                 .await
             };
+            if let Err(error) = &committed {
+                // After a failed sync the journal may have it or not: the record of this commit must be there for the
+                // start that finds out.
+                let inner = inner.clone();
+                let known = blocking(move || Ok(snapshotter.stat(&inner))).await;
+                if !matches!(known, Ok(Err(InnerError::NotFound(_)))) {
+                    return Err(error.clone().context(format!(
+                        "whether snapshot {key:?} became {layer:?} is seen when gantryd is started again"
+                    )));
+                }
+            }
             let event = SnapshotCommit { key: key.clone(), name: layer.clone(), snapshotter: name.clone() };
             let done = committed.is_ok();
             let ended = {

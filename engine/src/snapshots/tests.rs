@@ -39,6 +39,13 @@ impl Bench {
         Bench::on(self.stop())
     }
 
+    /// Puts another snapshotter in the place of this one.
+    fn replace(&mut self, name: &str, by: impl FnOnce(Arc<dyn Snapshotter>) -> Arc<dyn Snapshotter>) {
+        let snapshotters = Arc::get_mut(&mut self.snapshots.snapshotters).unwrap();
+        let opened = snapshotters.get_mut(name).unwrap();
+        opened.snapshotter = by(opened.snapshotter.clone());
+    }
+
     fn failed(&self) -> BTreeMap<String, String> {
         self.snapshots.failed().map(|(name, why)| (name.to_owned(), why.to_owned())).collect()
     }
@@ -384,6 +391,25 @@ impl<F: Fn() + Send + Sync> Snapshotter for Troubled<F> {
     fn walk(&self, visit: &mut dyn FnMut(snapshotter::Info) -> snapshotter::Result<()>) -> snapshotter::Result<()> { self.real.walk(visit) }
     fn usage(&self, key: &str) -> snapshotter::Result<Usage> { self.real.usage(key) }
     fn cleanup(&self) -> snapshotter::Result<()> { self.real.cleanup() }
+}
+
+#[tokio::test]
+async fn a_commit_that_may_be_on_disk_is_not_taken_back() {
+    for (commits, kept) in [(true, ["layer", "one"]), (false, ["one", "rw"])] {
+        let mut bench = Bench::new();
+        let (a, name) = (context("a"), snapshotter::NAMES[0]);
+        bench.layer(&a, name, "one", "").await;
+        bench.prepare(&a, name, "rw", "one").await.unwrap();
+        bench.replace(name, |real| Arc::new(Troubled { real, commits, prepared: || () }));
+        let error = bench.commit(&a, name, "layer", "rw").await.unwrap_err();
+        assert_eq!(error.to_string().contains("started again"), commits, "{error}");
+        assert_eq!(bench.metadata.view().any::<CommitRecord>(&[]), commits);
+        let bench = bench.restart();
+        assert_eq!(bench.keys(&a, name, "").await, kept);
+        assert_eq!(bench.inner(name).len(), 2);
+        assert!(!bench.metadata.view().any::<CommitRecord>(&[]));
+        assert!(bench.failed().is_empty(), "{:?}", bench.failed());
+    }
 }
 
 #[tokio::test]
