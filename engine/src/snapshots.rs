@@ -6,12 +6,15 @@
 //!
 //! Invariants: a record names a snapshot that the snapshotter has, because it is written after the snapshot is there and
 //! deleted before it goes. What a crash leaves between the two has no record, and goes at the next start. A commit, which
-//! takes one inner key away for another, is recorded before it begins, and is brought to its end at the next start.
+//! takes one inner key away for another, is recorded before it begins, and is brought to its end at the next start; the
+//! record of it goes before only when the snapshotter is known to have done it, or not to have.
 
-use std::collections::{BTreeMap, HashSet};
+mod reconcile;
+
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use proto::containerd::events::{SnapshotCommit, SnapshotPrepare, SnapshotRemove};
@@ -46,6 +49,8 @@ pub struct Snapshots {
 struct Opened {
     root: PathBuf,
     snapshotter: Arc<dyn Snapshotter>,
+    /// Whether every record had its snapshot at the start.
+    intact: bool,
 }
 
 /// A snapshot as a client sees it.
@@ -73,108 +78,35 @@ pub struct New {
 }
 
 impl Snapshots {
-    /// Opens every built-in snapshotter beneath `root`. One that this file system cannot carry is left out with its
-    /// reason; the rest serve.
+    /// Opens every built-in snapshotter beneath `root`. One that this file system cannot carry, that is damaged, or that
+    /// is not the one that the records speak of, is left out with its reason; the rest serve.
     pub fn open(root: &Path, metadata: Metadata, events: Exchange) -> Result<Self> {
         let (mut opened, mut failed) = (BTreeMap::new(), BTreeMap::new());
+        let number = AtomicU64::new(1);
         for name in snapshotter::NAMES {
-            let folder = root.join(format!("io.containerd.snapshotter.v1.{name}"));
-            match snapshotter::open(name, &folder) {
-                Ok(snapshotter) => {
-                    opened.insert(name.to_owned(), Opened { root: folder, snapshotter });
+            let root = root.join(format!("io.containerd.snapshotter.v1.{name}"));
+            let tried =
+                snapshotter::open(name, &root).map_err(|error| error.to_string()).and_then(|opened| {
+                    let intact = reconcile::reconcile(&metadata, &number, name, &root, &*opened);
+                    intact.map(|intact| (opened, intact)).map_err(|error| error.to_string())
+                });
+            match tried {
+                Ok((snapshotter, intact)) => {
+                    opened.insert(name.to_owned(), Opened { root, snapshotter, intact });
                 }
                 Err(error) => {
-                    tracing::warn!(snapshotter = name, %error, "left out");
-                    failed.insert(name.to_owned(), error.to_string());
+                    tracing::warn!(snapshotter = name, error, "left out");
+                    failed.insert(name.to_owned(), error);
                 }
             }
         }
-        let snapshots = Snapshots {
+        Ok(Snapshots {
             snapshotters: Arc::new(opened),
             failed: Arc::new(failed),
             metadata,
             events,
-            number: Arc::new(AtomicU64::new(1)),
-        };
-        for (name, opened) in snapshots.snapshotters.iter() {
-            snapshots.reconcile(name, opened)?;
-        }
-        Ok(snapshots)
-    }
-
-    /// Brings records and snapshotter together after whatever ended the last run.
-    fn reconcile(&self, name: &str, opened: &Opened) -> Result<()> {
-        self.end_commits(name, opened)?;
-        let mut named: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for (parts, record) in self.metadata.view().list::<SnapshotRecord>(&[]) {
-            if parts.get(1).is_some_and(|of| of == name) {
-                named.insert(record.inner, parts);
-            }
-        }
-        let mut there = HashSet::new();
-        let mut leftovers = Vec::new();
-        let walked = opened.snapshotter.walk(&mut |info| {
-            let number =
-                info.key.split('/').nth(1).and_then(|number| number.parse::<u64>().ok()).unwrap_or(0);
-            self.number.fetch_max(number + 1, Ordering::Relaxed);
-            if !named.contains_key(&info.key) {
-                leftovers.push(info.key.clone());
-            }
-            there.insert(info.key);
-            Ok(())
-        });
-        walked.map_err(|error| convert(name, &error))?;
-        // Stacked ones have to go from the top, so that a round may free the next.
-        loop {
-            let before = leftovers.len();
-            leftovers.retain(|key| match opened.snapshotter.remove(key) {
-                Ok(()) => {
-                    tracing::info!(
-                        snapshotter = name,
-                        key,
-                        "removed a snapshot that an earlier run left half made"
-                    );
-                    false
-                }
-                Err(_) => true,
-            });
-            if leftovers.is_empty() || leftovers.len() == before {
-                break;
-            }
-        }
-        let dangling: Vec<Vec<String>> =
-            named.into_iter().filter(|(inner, _)| !there.contains(inner)).map(|(_, parts)| parts).collect();
-        if dangling.is_empty() {
-            return Ok(());
-        }
-        tracing::warn!(snapshotter = name, records = ?dangling, "removing records of snapshots that are not there");
-        self.metadata.commit_blocking(move |txn| {
-            for parts in dangling {
-                if let [namespace, name, key @ ..] = &parts[..] {
-                    let key = key.join("\0");
-                    delete_record(txn, namespace, name, &key)?;
-                }
-            }
-            Ok(())
+            number: Arc::new(number),
         })
-    }
-
-    /// Brings commits that the last run began to the end that the snapshotter came to.
-    fn end_commits(&self, name: &str, opened: &Opened) -> Result<()> {
-        for (parts, _) in self.metadata.view().list::<CommitRecord>(&[]) {
-            let Ok([namespace, of, inner]) = <[String; 3]>::try_from(parts) else { continue };
-            if of != name {
-                continue;
-            }
-            let done = match opened.snapshotter.stat(&inner) {
-                Ok(_) => true,
-                Err(InnerError::NotFound(_)) => false,
-                Err(error) => return Err(convert(&inner, &error)),
-            };
-            tracing::info!(snapshotter = name, inner, done, "ending a commit of an earlier run");
-            self.metadata.commit_blocking(move |txn| end_commit(txn, &namespace, &of, &inner, done))?;
-        }
-        Ok(())
     }
 
     /// The snapshotters that are open, with their folders.
@@ -209,6 +141,38 @@ impl Snapshots {
         record.ok_or_else(|| missing(key))
     }
 
+    /// What a snapshotter said of the snapshot that `record` names as `key`. One that it does not have, while the record
+    /// stays, it has lost.
+    fn failure(
+        &self,
+        namespace: &Namespace,
+        name: &str,
+        key: &str,
+        record: &SnapshotRecord,
+        error: &InnerError,
+    ) -> Error {
+        if !matches!(error, InnerError::NotFound(_)) {
+            return convert(key, error);
+        }
+        // Taken after the snapshotter was asked: what a removal or a commit took away is not in it any more, or is in a
+        // commit's record.
+        let view = self.metadata.view();
+        let stays = view.get::<SnapshotRecord>(&[namespace.as_str(), name, key]);
+        let commits = view.list::<CommitRecord>(&[namespace.as_str(), name]);
+        match stays {
+            Ok(Some(stays))
+                if stays.inner == record.inner
+                    && commits.iter().all(|(_, intent)| intent.inner != record.inner) =>
+            {
+                Error::data_loss(format!(
+                    "snapshot {key:?} is recorded, but snapshotter {name} has lost it; remove it and what is stacked on \
+                     it, and make them anew (unpack the image again)"
+                ))
+            }
+            _ => missing(key),
+        }
+    }
+
     /// Makes an active snapshot or a view; its mounts. AlreadyExists for a key that is taken, and for a target (the label
     /// containerd.io/snapshot.ref) that exists; what exists joins the lease in both cases.
     pub async fn create(&self, context: &RequestContext, name: &str, new: New) -> Result<Vec<Mount>> {
@@ -223,29 +187,34 @@ impl Snapshots {
             if let Some(existing) = this.existing(&namespace, &name, &new)? {
                 return Err(this.join_existing(context, name, existing).await);
             }
-            let inner_parent = match new.parent.as_str() {
-                "" => String::new(),
-                parent => {
-                    this.record(&context, &name, parent).map_err(|error| error.context("parent"))?.inner
-                }
+            let parent = match new.parent.as_str() {
+                "" => SnapshotRecord::default(),
+                parent => this.record(&context, &name, parent).map_err(|error| error.context("parent"))?,
             };
             let number = this.number.fetch_add(1, Ordering::Relaxed);
             let inner = format!("{namespace}/{number}/{}", new.key);
             let mounts = {
-                let (snapshotter, inner, key) = (snapshotter.clone(), inner.clone(), new.key.clone());
+                let (inner, inner_parent) = (inner.clone(), parent.inner.clone());
                 let (labels, kind) = (inherited(&new.labels), new.kind);
-                blocking(move || {
-                    match kind {
+                let made = blocking(move || {
+                    Ok(match kind {
                         Kind::View => snapshotter.view(&inner, &inner_parent, &labels),
                         _ => snapshotter.prepare(&inner, &inner_parent, &labels),
+                    })
+                });
+                made.await?.map_err(|error| match error {
+                    // The only one that it was to find.
+                    InnerError::NotFound(_) => {
+                        this.failure(&namespace, &name, &new.parent, &parent, &error).context("parent")
                     }
-                    .map_err(|error| convert(&key, &error))
-                })
-                .await?
+                    error => convert(&new.key, &error),
+                })?
             };
+            let accepted = Arc::new(AtomicBool::new(false));
             let recorded = {
                 let (namespace, name, new, inner) =
                     (namespace.clone(), name.clone(), new.clone(), inner.clone());
+                let accepted = accepted.clone();
                 this.metadata
                     .commit(move |txn| {
                         let key = [namespace.as_str(), &name, &new.key];
@@ -262,6 +231,7 @@ impl Snapshots {
                             updated: now,
                         };
                         put_record(txn, namespace.as_str(), &name, &new.key, &record)?;
+                        accepted.store(true, Ordering::Relaxed);
                         Ok(true)
                     })
                     .await
@@ -270,10 +240,12 @@ impl Snapshots {
                 Ok(true) => None,
                 // Another call was faster.
                 Ok(false) => Some(exists(&new.key)),
+                // Whether the record is on disk is seen at the next start, which removes the snapshot if it is not.
+                Err(error) if accepted.load(Ordering::Relaxed) => return Err(error),
                 Err(error) => Some(error),
             };
             if let Some(error) = refused {
-                remove_inner(snapshotter, inner).await;
+                this.remove_collected(vec![(name, inner)]).await;
                 return Err(error);
             }
             if new.kind == Kind::Active {
@@ -306,11 +278,27 @@ impl Snapshots {
         joined.err().unwrap_or(exists)
     }
 
+    /// Asks the snapshotter about the snapshot with this key.
+    async fn ask<T: Send + 'static>(
+        &self,
+        context: &RequestContext,
+        name: &str,
+        key: &str,
+        question: impl FnOnce(&dyn Snapshotter, &str) -> snapshotter::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (namespace, snapshotter) = (context.namespace()?.clone(), self.snapshotter(name)?);
+        let record = self.record(context, name, key)?;
+        let (this, name, key) = (self.clone(), name.to_owned(), key.to_owned());
+        blocking(move || {
+            question(&*snapshotter, &record.inner)
+                .map_err(|error| this.failure(&namespace, &name, &key, &record, &error))
+        })
+        .await
+    }
+
     /// The mounts of an active snapshot or a view.
     pub async fn mounts(&self, context: &RequestContext, name: &str, key: &str) -> Result<Vec<Mount>> {
-        let snapshotter = self.snapshotter(name)?;
-        let (record, key) = (self.record(context, name, key)?, key.to_owned());
-        blocking(move || snapshotter.mounts(&record.inner).map_err(|error| convert(&key, &error))).await
+        self.ask(context, name, key, |snapshotter, inner| snapshotter.mounts(inner)).await
     }
 
     /// Makes the active snapshot `key` the layer `layer`, with these labels.
@@ -360,6 +348,17 @@ impl Snapshots {
                 })
                 .await
             };
+            if let Err(error) = &committed {
+                // After a failed sync the journal may have it or not: the record of this commit must be there for the
+                // start that finds out.
+                let inner = inner.clone();
+                let known = blocking(move || Ok(snapshotter.stat(&inner))).await;
+                if !matches!(known, Ok(Err(InnerError::NotFound(_)))) {
+                    return Err(error.clone().context(format!(
+                        "whether snapshot {key:?} became {layer:?} is seen when gantryd is started again"
+                    )));
+                }
+            }
             let event = SnapshotCommit { key: key.clone(), name: layer.clone(), snapshotter: name.clone() };
             let done = committed.is_ok();
             let ended = {
@@ -372,11 +371,11 @@ impl Snapshots {
             match ended? {
                 Ended::Committed => {}
                 Ended::Exists => {
-                    remove_inner(snapshotter, inner).await;
+                    this.remove_collected(vec![(name, inner)]).await;
                     return Err(exists(&layer));
                 }
                 Ended::Gone => {
-                    remove_inner(snapshotter, inner).await;
+                    this.remove_collected(vec![(name, inner)]).await;
                     return Err(missing(&key));
                 }
             }
@@ -386,14 +385,17 @@ impl Snapshots {
         .await
     }
 
-    /// Removes a snapshot; FailedPrecondition while others are stacked on it.
+    /// Removes a snapshot; FailedPrecondition while others are stacked on it. Of a snapshotter that could not be opened,
+    /// what is recorded: the way to be rid of what is lost for good.
     pub async fn remove(&self, context: &RequestContext, name: &str, key: String) -> Result<()> {
         let namespace = context.namespace()?.clone();
-        let snapshotter = self.snapshotter(name)?;
+        if !self.failed.contains_key(name) {
+            self.snapshotter(name)?;
+        }
         let (this, context, name) = (self.clone(), context.clone(), name.to_owned());
         outlive(async move {
             let event = SnapshotRemove { key: key.clone(), snapshotter: name.clone() };
-            let of = namespace.clone();
+            let (of, from) = (namespace.clone(), name.clone());
             let record = this
                 .metadata
                 .commit(move |txn| {
@@ -403,25 +405,60 @@ impl Snapshots {
                             "snapshot {key:?} cannot be removed: others are stacked on it; remove these first"
                         )));
                     }
-                    let record = delete_record(txn, namespace, &name, &key)?.ok_or_else(|| missing(&key))?;
+                    let record = forget(txn, namespace, &name, &key)?.ok_or_else(|| missing(&key))?;
                     if let Some(lease) = context.lease() {
                         txn.delete::<LeaseResource>(&[namespace, lease, &resource_type(&name), &key])?;
                     }
                     Ok(record)
                 })
                 .await?;
-            remove_inner(snapshotter, record.inner).await;
+            this.remove_collected(vec![(from, record.inner)]).await;
             this.events.publish(&namespace, "/snapshot/remove", &event);
             Ok(())
         })
         .await
     }
 
+    /// Removes snapshots, as (snapshotter, inner key), that no record names any more: children before parents, whatever
+    /// order they come in. What fails now is found again at the next start.
+    pub(crate) async fn remove_collected(&self, removed: Vec<(String, String)>) {
+        let mut of: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (name, inner) in removed {
+            of.entry(name).or_default().push(inner);
+        }
+        let this = self.clone();
+        let ended = outlive(blocking(move || {
+            for (name, keys) in of {
+                let Some(opened) = this.snapshotters.get(&name) else {
+                    tracing::info!(
+                        snapshotter = name,
+                        ?keys,
+                        "removed, and to be cleaned up when it is open"
+                    );
+                    continue;
+                };
+                let stay = reconcile::remove_unnamed(&this.metadata, &name, &*opened.snapshotter, keys);
+                for (key, error) in stay {
+                    tracing::warn!(snapshotter = name, key, %error, "a snapshot without a record stays for now");
+                }
+            }
+            Ok(())
+        }));
+        if let Err(error) = ended.await {
+            tracing::warn!(%error, "snapshots without a record are left for the next start");
+        }
+    }
+
     /// What is known of a snapshot.
     pub async fn stat(&self, context: &RequestContext, name: &str, key: &str) -> Result<Info> {
-        let snapshotter = self.snapshotter(name)?;
-        let (record, key) = (self.record(context, name, key)?, key.to_owned());
-        blocking(move || info(&*snapshotter, key, record)).await
+        let (namespace, snapshotter) = (context.namespace()?.clone(), self.snapshotter(name)?);
+        let record = self.record(context, name, key)?;
+        let (this, name, key) = (self.clone(), name.to_owned(), key.to_owned());
+        blocking(move || match snapshotter.stat(&record.inner) {
+            Ok(inner) => Ok(Info { key, kind: inner.kind, record }),
+            Err(error) => Err(this.failure(&namespace, &name, &key, &record, &error)),
+        })
+        .await
     }
 
     /// Sets labels: those that the mask names (`labels`, `labels.KEY`), or all of them.
@@ -437,11 +474,11 @@ impl Snapshots {
         let snapshotter = self.snapshotter(name)?;
         let (this, name) = (self.clone(), name.to_owned());
         outlive(async move {
-            let of = key.clone();
+            let (namespace_of, name_of, of) = (namespace.clone(), name.clone(), key.clone());
             let record = this
                 .metadata
                 .commit(move |txn| {
-                    let parts = [namespace.as_str(), &name, &of];
+                    let parts = [namespace_of.as_str(), &name_of, &of];
                     let mut record = txn.get::<SnapshotRecord>(&parts)?.ok_or_else(|| missing(&of))?;
                     if mask.is_empty() {
                         labels::update_map(&mut record.labels, &new, None);
@@ -463,10 +500,14 @@ impl Snapshots {
                 })
                 .await?;
             blocking(move || {
-                let mut inner = snapshotter.stat(&record.inner).map_err(|error| convert(&key, &error))?;
-                inner.labels = inherited(&record.labels);
-                snapshotter.update(&inner, &["labels".into()]).map_err(|error| convert(&key, &error))?;
-                Ok(Info { key, kind: inner.kind, record })
+                let updated = snapshotter.stat(&record.inner).and_then(|mut inner| {
+                    inner.labels = inherited(&record.labels);
+                    snapshotter.update(&inner, &["labels".into()])
+                });
+                match updated {
+                    Ok(inner) => Ok(Info { key, kind: inner.kind, record }),
+                    Err(error) => Err(this.failure(&namespace, &name, &key, &record, &error)),
+                }
             })
             .await
         })
@@ -482,11 +523,12 @@ impl Snapshots {
         blocking(move || {
             let mut list = Vec::new();
             for (parts, record) in records {
-                let info = match info(&*snapshotter, parts.concat(), record) {
-                    Ok(info) => info,
-                    // Removed since the list was taken.
-                    Err(Error::NotFound(_)) => continue,
-                    Err(error) => return Err(error),
+                let key = parts.concat();
+                let info = match snapshotter.stat(&record.inner) {
+                    Ok(inner) => Info { key, kind: inner.kind, record },
+                    // Removed since the list was taken; or lost, which is no reason to hide the rest.
+                    Err(InnerError::NotFound(_)) => continue,
+                    Err(error) => return Err(convert(&key, &error)),
                 };
                 let passes = filter.matches(|path| match path {
                     ["name"] => Some(info.key.as_str().into()),
@@ -508,14 +550,18 @@ impl Snapshots {
 
     /// What a snapshot itself takes, without its parents.
     pub async fn usage(&self, context: &RequestContext, name: &str, key: &str) -> Result<Usage> {
-        let snapshotter = self.snapshotter(name)?;
-        let (record, key) = (self.record(context, name, key)?, key.to_owned());
-        blocking(move || snapshotter.usage(&record.inner).map_err(|error| convert(&key, &error))).await
+        self.ask(context, name, key, |snapshotter, inner| snapshotter.usage(inner)).await
     }
 
     /// Removes what removed snapshots may have left on disk.
     pub async fn cleanup(&self, name: &str) -> Result<()> {
         let (snapshotter, name) = (self.snapshotter(name)?, name.to_owned());
+        if self.snapshotters.get(&name).is_some_and(|opened| !opened.intact) {
+            return Err(Error::failed_precondition(format!(
+                "snapshotter {name} has lost snapshots that are recorded, so that nothing is cleaned up; remove these, \
+                 which gantryd's log names, and restart gantryd"
+            )));
+        }
         outlive(blocking(move || snapshotter.cleanup().map_err(|error| convert(&name, &error)))).await
     }
 }
@@ -537,11 +583,6 @@ fn inherited(labels: &Labels) -> Labels {
     labels.iter().filter(|(key, _)| passes(key)).map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
-fn info(snapshotter: &dyn Snapshotter, key: String, record: SnapshotRecord) -> Result<Info> {
-    let inner = snapshotter.stat(&record.inner).map_err(|error| convert(&key, &error))?;
-    Ok(Info { key, kind: inner.kind, record })
-}
-
 /// How the commit of a snapshot ended in the records.
 enum Ended {
     Committed,
@@ -561,7 +602,7 @@ fn end_commit(txn: &mut Transaction, namespace: &str, name: &str, inner: &str, d
     if active.is_none_or(|active| active.inner != intent.inner) {
         return Ok(Ended::Gone);
     }
-    let Some(mut record) = delete_record(txn, namespace, name, &intent.key)? else { return Ok(Ended::Gone) };
+    let Some(mut record) = forget(txn, namespace, name, &intent.key)? else { return Ok(Ended::Gone) };
     if !intent.lease.is_empty() {
         txn.delete::<LeaseResource>(&[namespace, &intent.lease, &resource_type(name), &intent.key])?;
     }
@@ -593,7 +634,8 @@ fn put_record(
 }
 
 /// Within a commit: deletes a record, and that its parent has this child; what was recorded, if anything.
-fn delete_record(
+/// [`Snapshots::remove_collected`] is for what it named, after the commit.
+pub(crate) fn forget(
     txn: &mut Transaction,
     namespace: &str,
     name: &str,
@@ -608,15 +650,6 @@ fn delete_record(
     Ok(Some(record))
 }
 
-/// Removes a snapshot that no record names any more. What fails now is found again at the next start.
-async fn remove_inner(snapshotter: Arc<dyn Snapshotter>, inner: String) {
-    let key = inner.clone();
-    let removed = tokio::task::spawn_blocking(move || snapshotter.remove(&inner)).await;
-    if let Ok(Err(error)) = removed {
-        tracing::warn!(key, %error, "a snapshot without a record is left for the next start");
-    }
-}
-
 /// A snapshotter's error in the engine's class, with the client's key in the place of the inner one.
 fn convert(key: &str, error: &InnerError) -> Error {
     match error {
@@ -626,6 +659,7 @@ fn convert(key: &str, error: &InnerError) -> Error {
             Error::failed_precondition(format!("snapshot {key:?}: {error}"))
         }
         InnerError::InvalidArgument(_) => Error::invalid_argument(format!("snapshot {key:?}: {error}")),
+        InnerError::Lost(_) => Error::data_loss(format!("snapshot {key:?}: {error}")),
         InnerError::Unsupported(_) => Error::unimplemented(error.to_string()),
         InnerError::Io { what, path, source } => Error::io(format!("snapshot {key:?}: {what}"), path, source),
     }

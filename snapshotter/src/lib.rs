@@ -77,6 +77,9 @@ pub enum Error {
     /// Another process uses this root.
     #[error("the snapshots in {} are in use by another process; stop it first", .0.display())]
     InUse(PathBuf),
+    /// What was acknowledged is not there any more.
+    #[error("{0}")]
+    Lost(String),
     /// The file system under the root cannot do what the snapshotter needs.
     #[error("{0}")]
     Unsupported(String),
@@ -100,7 +103,7 @@ fn io<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> 
     move |source| Error::Io { what, path: path.to_owned(), source }
 }
 
-/// A store of snapshots. What a call acknowledged is on disk.
+/// A store of snapshots. What a call acknowledged is on disk, but for what is written to an active snapshot.
 pub trait Snapshotter: Send + Sync {
     /// Makes an active snapshot over `parent` (empty for none), and gives the mounts to write it through.
     fn prepare(&self, key: &str, parent: &str, labels: &Labels) -> Result<Vec<Mount>>;
@@ -108,7 +111,8 @@ pub trait Snapshotter: Send + Sync {
     fn view(&self, key: &str, parent: &str, labels: &Labels) -> Result<Vec<Mount>>;
     /// The mounts of an active snapshot or a view, the same as when it was made.
     fn mounts(&self, key: &str) -> Result<Vec<Mount>>;
-    /// Makes the active snapshot `key` the layer `name`, with these labels; its files are on disk before it is.
+    /// Makes the active snapshot `key` the layer `name`, with these labels; its files are on disk before it is. After an
+    /// error `name` may be on disk only if `stat` knows it.
     fn commit(&self, name: &str, key: &str, labels: &Labels) -> Result<()>;
     /// Removes a snapshot; FailedPrecondition while it has children.
     fn remove(&self, key: &str) -> Result<()>;
@@ -120,7 +124,8 @@ pub trait Snapshotter: Send + Sync {
     fn walk(&self, visit: &mut dyn FnMut(Info) -> Result<()>) -> Result<()>;
     /// What a snapshot itself takes, without its parents. Measured now for an active one, at its commit for a layer.
     fn usage(&self, key: &str) -> Result<Usage>;
-    /// Removes what removed snapshots may have left on disk.
+    /// Removes what removed snapshots, and those half made, may have left on disk: what is not in `walk`. An open removes
+    /// nothing, so that its owner can see first whether everything is there.
     fn cleanup(&self) -> Result<()>;
 }
 

@@ -28,18 +28,24 @@ pub struct Native {
 impl Native {
     /// Opens, or makes, the snapshots in `root`.
     pub fn open(root: &Path) -> Result<Self> {
-        Ok(Native { folders: Folders::open(root, &["fs"])? })
+        Ok(Native { folders: Folders::open(root)? })
     }
 
     fn make(&self, key: &str, kind: Kind, parent: &str, labels: &Labels) -> Result<Vec<Mount>> {
-        self.folders.make(key, kind, parent, labels, |folder, parent| {
+        self.folders.make(key, kind, parent, labels, |folder| {
+            // Each is whole, so that those further beneath do not matter.
+            let beneath = match self.folders.store.chain(parent)?.first() {
+                Some((parent, id)) => Some(self.folders.content(parent, *id)?),
+                None => None,
+            };
             let own = folder.join("fs");
             sys::fs::create_dir(&own, 0o755).map_err(io("create", &own))?;
-            match parent {
+            match beneath {
                 // A view without changes of its own shows its parent's folder.
                 Some(parent) if kind == Kind::Active => {
-                    let parent = parent.join("fs");
-                    copy_tree(&parent, &own).map_err(io("copy into a snapshot", &parent))
+                    copy_tree(&parent, &own).map_err(io("copy into a snapshot", &parent))?;
+                    // The copy is a part of what is acknowledged: a power cut must not leave half of it.
+                    sys::fs::sync_filesystem(&own).map_err(io("sync the file system of", &own))
                 }
                 _ => Ok(()),
             }
@@ -59,16 +65,16 @@ impl Snapshotter for Native {
 
     fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
         let record = self.folders.mountable(key)?;
-        let shown = match (record.kind, self.folders.store.ancestors(&record)?.first()) {
-            (Kind::View, Some(parent)) => *parent,
-            _ => record.id,
+        let shown = match (record.kind, self.folders.store.chain(&record.parent)?.first()) {
+            (Kind::View, Some((parent, id))) => self.folders.content(parent, *id)?,
+            _ => self.folders.content(key, record.id)?,
         };
         let mode = if record.kind == Kind::View { "ro" } else { "rw" };
-        Ok(vec![bind(&self.folders.path(shown).join("fs"), mode)])
+        Ok(vec![bind(&shown, mode)])
     }
 
     fn commit(&self, name: &str, key: &str, labels: &Labels) -> Result<()> {
-        self.folders.commit(name, key, labels, |folder| folder.join("fs"))
+        self.folders.commit(name, key, labels)
     }
 
     fn remove(&self, key: &str) -> Result<()> {
@@ -88,7 +94,7 @@ impl Snapshotter for Native {
     }
 
     fn usage(&self, key: &str) -> Result<Usage> {
-        self.folders.usage(key, |folder| folder.join("fs"))
+        self.folders.usage(key)
     }
 
     fn cleanup(&self) -> Result<()> {

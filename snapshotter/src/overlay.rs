@@ -7,8 +7,9 @@
 //! <root>/journal, lock          the records: see `store`
 //! ```
 //!
-//! A folder without a record is a leftover and goes at the next open; a record is written after its folder is there and
-//! deleted before it goes, so that the records are the truth.
+//! A folder without a record is a leftover and goes at the next clean-up; a record is written after its folder is on disk
+//! and deleted before it goes, so that the records are the truth. A record without a folder is therefore no work of a
+//! power cut: something that was there has been lost, which is said and never papered over with an empty folder.
 
 use std::fs;
 use std::io;
@@ -30,24 +31,21 @@ pub struct Overlay {
 impl Overlay {
     /// Opens, or makes, the snapshots in `root`; Unsupported when its file system cannot be a layer of an overlay.
     pub fn open(root: &Path) -> Result<Self> {
-        let folders = Folders::open(root, &["fs", "work"])?;
+        let folders = Folders::open(root)?;
         probe(root)?;
         // With the index, a lower folder that moves (a restored backup, a new device number) makes mounts fail.
         let index = Path::new("/sys/module/overlay/parameters/index").exists();
         Ok(Overlay { folders, options: if index { vec!["index=off".into()] } else { Vec::new() } })
     }
 
-    fn mounts_of(&self, record: &Record) -> Result<Vec<Mount>> {
+    fn mounts_of(&self, key: &str, record: &Record) -> Result<Vec<Mount>> {
         let own = self.folders.path(record.id);
-        let lowers: Vec<PathBuf> = self
-            .folders
-            .store
-            .ancestors(record)?
-            .into_iter()
-            .map(|id| self.folders.path(id).join("fs"))
-            .collect();
+        let lowers = self.folders.layers(&record.parent)?;
+        if record.kind == Kind::Active || lowers.is_empty() {
+            self.folders.content(key, record.id)?;
+        }
         let mount = match (record.kind, &lowers[..]) {
-            (Kind::Committed, _) => return Err(not_mountable(&record.parent)),
+            (Kind::Committed, _) => return Err(not_mountable(key)),
             (Kind::Active, []) => bind(&own.join("fs"), "rw"),
             (Kind::View, []) => bind(&own.join("fs"), "ro"),
             (Kind::View, [only]) => bind(only, "ro"),
@@ -69,7 +67,9 @@ impl Overlay {
     }
 
     fn make(&self, key: &str, kind: Kind, parent: &str, labels: &Labels) -> Result<Vec<Mount>> {
-        self.folders.make(key, kind, parent, labels, |folder, parent| {
+        self.folders.make(key, kind, parent, labels, |folder| {
+            // All of them, or what is made here could not be mounted.
+            let lowers = self.folders.layers(parent)?;
             let upper = folder.join("fs");
             sys::fs::create_dir(&upper, 0o755).map_err(io("create", &upper))?;
             if kind == Kind::Active {
@@ -77,9 +77,8 @@ impl Overlay {
                 sys::fs::create_dir(&work, 0o711).map_err(io("create", &work))?;
             }
             // The top folder of the merged tree is the upper one: it must look like the parent's.
-            if let Some(parent) = parent {
-                let parent = parent.join("fs");
-                let metadata = fs::metadata(&parent).map_err(io("look at", &parent))?;
+            if let Some(parent) = lowers.first() {
+                let metadata = fs::metadata(parent).map_err(io("look at", parent))?;
                 copy_ownership(&metadata, &upper).map_err(io("set the owner of", &upper))?;
             }
             Ok(())
@@ -98,11 +97,11 @@ impl Snapshotter for Overlay {
     }
 
     fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
-        self.mounts_of(&self.folders.mountable(key)?)
+        self.mounts_of(key, &self.folders.mountable(key)?)
     }
 
     fn commit(&self, name: &str, key: &str, labels: &Labels) -> Result<()> {
-        self.folders.commit(name, key, labels, |folder| folder.join("fs"))
+        self.folders.commit(name, key, labels)
     }
 
     fn remove(&self, key: &str) -> Result<()> {
@@ -122,7 +121,7 @@ impl Snapshotter for Overlay {
     }
 
     fn usage(&self, key: &str) -> Result<Usage> {
-        self.folders.usage(key, |folder| folder.join("fs"))
+        self.folders.usage(key)
     }
 
     fn cleanup(&self) -> Result<()> {
@@ -137,29 +136,43 @@ pub(crate) struct Folders {
 }
 
 impl Folders {
-    /// Opens the records, deletes leftovers, and puts back the `inner` folders of snapshots whose own a power cut took.
-    pub(crate) fn open(root: &Path, inner: &[&str]) -> Result<Self> {
+    /// Opens the records. Removes nothing: that is for [`Folders::cleanup`].
+    pub(crate) fn open(root: &Path) -> Result<Self> {
         let snapshots = root.join("snapshots");
         sys::fs::create_dir_all(root, 0o700).map_err(io("create", root))?;
         sys::fs::create_dir_all(&snapshots, 0o700).map_err(io("create", &snapshots))?;
-        let folders = Folders { root: root.to_owned(), store: Store::open(root)? };
-        // Nothing is being made yet: whatever has no record is a leftover.
-        folders.delete_leftovers(u64::MAX)?;
+        let mut taken = 0;
+        for entry in fs::read_dir(&snapshots).map_err(io("list", &snapshots))? {
+            let name = entry.map_err(io("list", &snapshots))?.file_name();
+            let name = name.to_string_lossy();
+            taken = taken.max(name.trim_start_matches('.').parse().unwrap_or(0));
+        }
+        let folders = Folders { root: root.to_owned(), store: Store::open(root, taken)? };
         for (key, record) in folders.store.all() {
-            let folder = folders.path(record.id);
-            if folder.exists() {
-                continue;
-            }
-            // An uncommitted folder that was never synced. What was written to it is gone with the power; the
-            // snapshot itself was acknowledged and is there.
-            tracing::warn!(snapshot = %key, kind = ?record.kind, "its folder was lost and is made anew, empty");
-            sys::fs::create_dir(&folder, 0o700).map_err(io("create", &folder))?;
-            for inner in inner {
-                let path = folder.join(inner);
-                sys::fs::create_dir(&path, 0o755).map_err(io("create", &path))?;
+            if let Err(error) = folders.content(&key, record.id) {
+                tracing::error!(kind = ?record.kind, %error, "a snapshot is lost");
             }
         }
         Ok(folders)
+    }
+
+    /// What the snapshot `key` holds, in the folder of this number; Lost when that is not there.
+    pub(crate) fn content(&self, key: &str, id: u64) -> Result<PathBuf> {
+        let content = self.path(id).join("fs");
+        match fs::symlink_metadata(&content) {
+            Ok(_) => Ok(content),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Lost(format!(
+                "{}, which holds snapshot {key:?}, is not there any more; put it back, or remove the snapshot and what is \
+                 stacked on it, and make them anew (unpack the image again)",
+                content.display()
+            ))),
+            Err(error) => Err(io("look at", &content)(error)),
+        }
+    }
+
+    /// What the layer `parent` and those beneath it hold, from the top.
+    pub(crate) fn layers(&self, parent: &str) -> Result<Vec<PathBuf>> {
+        self.store.chain(parent)?.into_iter().map(|(key, id)| self.content(&key, id)).collect()
     }
 
     pub(crate) fn path(&self, id: u64) -> PathBuf {
@@ -172,43 +185,44 @@ impl Folders {
         if record.kind == Kind::Committed { Err(not_mountable(key)) } else { Ok(record) }
     }
 
-    /// Makes a snapshot: first its folder, filled by `fill(folder, parent's folder)`, then its record.
+    /// Makes a snapshot: first its folder, with `fs` in it, which `fill` makes; then its record.
     pub(crate) fn make(
         &self,
         key: &str,
         kind: Kind,
         parent: &str,
         labels: &Labels,
-        fill: impl FnOnce(&Path, Option<&Path>) -> Result<()>,
+        fill: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<()> {
         self.store.check_new(key, parent)?;
-        let parent_folder = match parent {
-            "" => None,
-            parent => Some(self.path(self.store.get(parent)?.id)),
-        };
         let id = self.store.begin();
         let folder = self.path(id);
         let made = sys::fs::create_dir(&folder, 0o700)
             .map_err(io("create", &folder))
-            .and_then(|()| fill(&folder, parent_folder.as_deref()))
+            .and_then(|()| fill(&folder))
+            .and_then(|()| self.settle(&folder))
             .and_then(|()| self.store.create(key, id, kind, parent, labels));
-        if made.is_err() {
+        // A record that may be on disk keeps its folder.
+        if made.is_err() && self.store.get(key).map_or(true, |record| record.id != id) {
             self.discard(id);
         }
         self.store.made(id);
         made
     }
 
+    /// Puts a new folder and its `fs` on disk, for the record that comes next: not every file system does so with the
+    /// journal's sync.
+    fn settle(&self, folder: &Path) -> Result<()> {
+        for folder in [&folder.join("fs"), folder, &self.root.join("snapshots")] {
+            sys::fs::sync_dir(folder).map_err(io("sync", folder))?;
+        }
+        Ok(())
+    }
+
     /// Commits a snapshot once everything in it is on disk.
-    pub(crate) fn commit(
-        &self,
-        name: &str,
-        key: &str,
-        labels: &Labels,
-        content: impl FnOnce(&Path) -> PathBuf,
-    ) -> Result<()> {
+    pub(crate) fn commit(&self, name: &str, key: &str, labels: &Labels) -> Result<()> {
         let record = self.store.check_commit(name, key)?;
-        let content = content(&self.path(record.id));
+        let content = self.content(key, record.id)?;
         let usage = sys::fs::usage(&content).map_err(io("measure", &content))?;
         // One sync of the file system, not one a file: a layer has thousands, and each sync is a commit of the
         // file system's own journal. docs/decisions/0004-snapshots.md has the figures.
@@ -222,32 +236,33 @@ impl Folders {
         Ok(())
     }
 
-    pub(crate) fn usage(&self, key: &str, content: impl FnOnce(&Path) -> PathBuf) -> Result<Usage> {
+    pub(crate) fn usage(&self, key: &str) -> Result<Usage> {
         let record = self.store.get(key)?;
         if record.kind != Kind::Active {
             return Ok(record.usage());
         }
-        let content = content(&self.path(record.id));
+        let content = self.content(key, record.id)?;
         sys::fs::usage(&content).map_err(io("measure", &content))
     }
 
-    /// Deletes the folder of a snapshot that has no record (any more). What cannot be deleted now, the next open will.
+    /// Deletes the folder of a snapshot that has no record (any more). What cannot be deleted now, a clean-up will.
     fn discard(&self, id: u64) {
         let (folder, trash) = (self.path(id), self.root.join("snapshots").join(format!(".{id}")));
-        let deleted = fs::rename(&folder, &trash).and_then(|()| sys::fs::remove_tree(&trash));
-        if let Err(error) = deleted {
-            tracing::warn!(folder = %folder.display(), %error, "a removed snapshot's folder is left for a later clean-up");
+        match fs::rename(&folder, &trash).and_then(|()| sys::fs::remove_tree(&trash)) {
+            Ok(()) => {}
+            // It was lost.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                tracing::warn!(folder = %folder.display(), %error, "a removed snapshot's folder is left for a later clean-up");
+            }
         }
     }
 
     /// Deletes folders that no record names.
     pub(crate) fn cleanup(&self) -> Result<()> {
-        // Numbers from here on may belong to snapshots that are being made, whose records come last.
-        self.delete_leftovers(self.store.making_from())
-    }
-
-    fn delete_leftovers(&self, bound: u64) -> Result<()> {
         let snapshots = self.root.join("snapshots");
+        // Numbers from here on may belong to snapshots that are being made, whose records come last.
+        let bound = self.store.making_from();
         let known: std::collections::HashSet<u64> =
             self.store.all().iter().map(|(_, record)| record.id).collect();
         for entry in fs::read_dir(&snapshots).map_err(io("list", &snapshots))? {
@@ -316,4 +331,43 @@ fn probe(root: &Path) -> Result<()> {
         ))
     })?;
     removed.map_err(io("remove", &folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_without_mounts_is_called_by_its_own_name() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: the probe mounts, which needs root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let overlay = Overlay::open(dir.path()).unwrap();
+        for (name, parent) in [("one", ""), ("two", "one")] {
+            overlay.prepare("k", parent, &Labels::new()).unwrap();
+            overlay.commit(name, "k", &Labels::new()).unwrap();
+        }
+        let refused = overlay.mounts_of("two", &overlay.folders.store.get("two").unwrap());
+        assert!(
+            matches!(&refused, Err(Error::FailedPrecondition(text)) if text.contains("\"two\"")),
+            "{refused:?}"
+        );
+    }
+
+    #[test]
+    fn a_new_number_is_none_that_a_folder_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let folders = Folders::open(dir.path()).unwrap();
+        drop(folders);
+        for leftover in ["7/fs", ".9/fs", "lost+found"] {
+            fs::create_dir_all(dir.path().join("snapshots").join(leftover)).unwrap();
+        }
+        let folders = Folders::open(dir.path()).unwrap();
+        assert!(folders.path(7).exists(), "an open removes nothing");
+        folders.cleanup().unwrap();
+        assert!(!folders.path(7).exists());
+        assert_eq!(folders.store.begin(), 10);
+    }
 }

@@ -10,12 +10,16 @@
 //! ```
 //!
 //! Invariants: the changes of one frame happen together or not at all. A change is answered after its frame is on disk;
-//! changes that come together share one sync. A frame that a crash cut short is cut off at the next open: it was never
-//! answered. When most of the journal is past, it is written anew beside the old one and renamed over it.
+//! changes that come together share one sync. A change whose sync failed is in memory, and on disk or not: whoever asks
+//! for it here sees it, and nothing more is written. A frame that a crash cut short is cut off at the next open: it was
+//! never answered. A bad frame before a good one is damage, and the journal is not opened: what it would be without its
+//! damaged part is not what it was. When most of the journal is past, it is written anew beside the old one and renamed
+//! over it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -128,14 +132,19 @@ impl State {
         }
     }
 
-    /// Appends one frame and applies it; the number to sync up to. On a failed write the journal is as before.
-    fn write(&mut self, root: &Path, changes: Vec<Change>) -> Result<u64> {
-        if let Some(why) = &self.broken {
-            return Err(Error::FailedPrecondition(format!(
+    /// Refuses when what is in memory may not be what is on disk.
+    fn check_whole(&self, root: &Path) -> Result<()> {
+        match &self.broken {
+            None => Ok(()),
+            Some(why) => Err(Error::FailedPrecondition(format!(
                 "the snapshots in {} cannot change after a failed write ({why}); restart gantryd",
                 root.display()
-            )));
+            ))),
         }
+    }
+
+    /// Appends one frame and applies it; the number to sync up to. On a failed write the journal is as before.
+    fn write(&mut self, root: &Path, changes: Vec<Change>) -> Result<u64> {
         let frame = encode(&changes).map_err(io("encode a record for", root))?;
         if let Err(error) = self.journal.write_all(&frame) {
             let restored =
@@ -176,8 +185,16 @@ fn decode(bytes: &[u8]) -> Option<(Vec<Change>, usize)> {
     Some((serde_json::from_slice(payload).ok()?, 8 + length))
 }
 
+/// Whether a whole frame begins anywhere in `bytes`. Text, as payloads are, is no length that a frame may have, so that
+/// few places are looked at closely.
+fn any_frame(bytes: &[u8]) -> bool {
+    (0..bytes.len()).any(|at| decode(&bytes[at..]).is_some())
+}
+
 impl Store {
-    pub(crate) fn open(root: &Path) -> Result<Self> {
+    /// Opens, or begins, the records in `root`. `taken` is the highest number of a folder that is there, 0 for none:
+    /// where there are folders, records there were.
+    pub(crate) fn open(root: &Path, taken: u64) -> Result<Self> {
         let lock_path = root.join("lock");
         let lock = OpenOptions::new()
             .create(true)
@@ -193,6 +210,14 @@ impl Store {
         let path = root.join("journal");
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && taken > 0 => {
+                return Err(Error::Lost(format!(
+                    "{} is missing, while folders of snapshots are there; put the journal back, or move {} away to \
+                     begin anew without its snapshots",
+                    path.display(),
+                    root.display()
+                )));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 sys::fs::write_atomic(&path, MAGIC, 0o600).map_err(io("create", &path))?;
                 MAGIC.to_vec()
@@ -209,7 +234,7 @@ impl Store {
         let mut state = State {
             records: BTreeMap::new(),
             children: HashMap::new(),
-            next_id: 1,
+            next_id: taken + 1,
             making: BTreeSet::new(),
             journal,
             length: MAGIC.len() as u64,
@@ -223,6 +248,18 @@ impl Store {
         }
         let torn = bytes.len() as u64 - state.length;
         if torn > 0 {
+            // What a crash cuts short is the last. Taking this for it would undo acknowledged changes, and have the
+            // folders of what they made removed.
+            if any_frame(&bytes[state.length as usize + 1..]) {
+                return Err(Error::Lost(format!(
+                    "{path} is damaged at byte {good}, and goes on behind that; put {root} back from a backup, or move it \
+                     away to begin anew without its snapshots; `truncate -s {good} {path}` gives up every change behind \
+                     the damage",
+                    path = path.display(),
+                    good = state.length,
+                    root = root.display()
+                )));
+            }
             tracing::warn!(journal = %path.display(), torn, "cut off a record that a crash left half written");
             state
                 .journal
@@ -242,6 +279,9 @@ impl Store {
         }
         let (journal, upto) = {
             let state = self.state.lock();
+            // The kernel tells of a failed write back once: a sync after that one would succeed, with nothing of it on
+            // disk. Whoever failed said so here before giving `synced` back.
+            state.check_whole(&self.root)?;
             (state.journal.try_clone(), state.sequence)
         };
         if let Err(error) = journal.and_then(|journal| journal.sync_data()) {
@@ -252,18 +292,21 @@ impl Store {
         Ok(())
     }
 
-    /// Runs `decide` on the records, writes what it wants changed, and returns once that is on disk.
+    /// Runs `decide` on the records, writes what it wants changed, and returns once that is on disk. After an error the
+    /// records here tell whether the change may be on disk: it is if they have it.
     fn change<T>(&self, decide: impl FnOnce(&State) -> Result<(Vec<Change>, T)>) -> Result<T> {
         let (sequence, value) = {
             let mut state = self.state.lock();
+            state.check_whole(&self.root)?;
             let (changes, value) = decide(&state)?;
-            let sequence = state.write(&self.root, changes)?;
-            if state.length > COMPACT_MIN && state.length > state.live * 4 {
-                compact(&mut state, &self.root)?;
-            }
-            (sequence, value)
+            (state.write(&self.root, changes)?, value)
         };
         self.sync(sequence)?;
+        // The change is on disk, whichever of the two journals a crash from here on leaves: it does not fail with this.
+        let mut state = self.state.lock();
+        if state.broken.is_none() && state.length > COMPACT_MIN && state.length > state.live * 4 {
+            compact(&mut state, &self.root);
+        }
         Ok(value)
     }
 
@@ -289,7 +332,9 @@ impl Store {
 
     /// Whether a snapshot of this key, over this parent, could be made now: what to find out before work is done.
     pub(crate) fn check_new(&self, key: &str, parent: &str) -> Result<()> {
-        check_new(&self.state.lock(), key, parent)
+        let state = self.state.lock();
+        state.check_whole(&self.root)?;
+        check_new(&state, key, parent)
     }
 
     pub(crate) fn create(&self, key: &str, id: u64, kind: Kind, parent: &str, labels: &Labels) -> Result<()> {
@@ -304,7 +349,9 @@ impl Store {
 
     /// Whether the active snapshot `key` could be committed as `name` now; its record.
     pub(crate) fn check_commit(&self, name: &str, key: &str) -> Result<Record> {
-        check_commit(&self.state.lock(), name, key)
+        let state = self.state.lock();
+        state.check_whole(&self.root)?;
+        check_commit(&state, name, key)
     }
 
     pub(crate) fn commit(&self, name: &str, key: &str, usage: Usage, labels: &Labels) -> Result<()> {
@@ -369,14 +416,14 @@ impl Store {
         self.state.lock().records.iter().map(|(key, record)| (key.clone(), record.clone())).collect()
     }
 
-    /// The folder numbers of a snapshot's ancestors, its parent first.
-    pub(crate) fn ancestors(&self, record: &Record) -> Result<Vec<u64>> {
+    /// The layer `parent` and what is beneath it, from the top: keys, and the numbers of their folders.
+    pub(crate) fn chain(&self, parent: &str) -> Result<Vec<(String, u64)>> {
         let state = self.state.lock();
         let mut chain = Vec::new();
-        let mut parent = &record.parent;
+        let mut parent = parent;
         while !parent.is_empty() {
             let record = find(&state, parent)?;
-            chain.push(record.id);
+            chain.push((parent.to_owned(), record.id));
             parent = &record.parent;
         }
         Ok(chain)
@@ -419,26 +466,29 @@ fn check_commit(state: &State, name: &str, key: &str) -> Result<Record> {
 }
 
 /// Writes the journal anew with what lives, and puts it in the place of the old one.
-fn compact(state: &mut State, root: &Path) -> Result<()> {
-    let mut bytes = MAGIC.to_vec();
-    for (key, record) in &state.records {
-        let change = [Change::Put(key.clone(), record.clone())];
-        bytes.extend(encode(&change).map_err(io("encode a record for", root))?);
-    }
+fn compact(state: &mut State, root: &Path) {
     let path = root.join("journal");
-    let rewritten = sys::fs::write_atomic(&path, &bytes, 0o600)
-        .and_then(|()| OpenOptions::new().write(true).open(&path))
-        .and_then(|mut journal| journal.seek(SeekFrom::End(0)).map(|_| journal));
+    let rewritten = state
+        .records
+        .iter()
+        .try_fold(MAGIC.to_vec(), |mut bytes, (key, record)| {
+            bytes.extend(encode(&[Change::Put(key.clone(), record.clone())])?);
+            Ok(bytes)
+        })
+        .and_then(|bytes| sys::fs::write_atomic(&path, &bytes, 0o600).map(|()| bytes.len() as u64))
+        .and_then(|length| Ok((length, OpenOptions::new().write(true).open(&path)?)))
+        .and_then(|(length, mut journal)| journal.seek(SeekFrom::End(0)).map(|_| (length, journal)));
     match rewritten {
-        Ok(journal) => {
-            state.journal = journal;
-            state.length = bytes.len() as u64;
-            Ok(())
-        }
-        // The rename may have happened: writing on to the old file would be lost.
+        Ok((length, journal)) => (state.journal, state.length) = (journal, length),
         Err(error) => {
-            state.broken = Some(error.to_string());
-            Err(io("write anew the journal in", root)(error))
+            tracing::error!(journal = %path.display(), %error, "the journal could not be written anew");
+            // After the rename, what is written on to the old file would be lost.
+            let same =
+                |old: fs::Metadata, new: fs::Metadata| (old.dev(), old.ino()) == (new.dev(), new.ino());
+            let in_place = state.journal.metadata().and_then(|old| Ok(same(old, fs::metadata(&path)?)));
+            if !in_place.unwrap_or(false) {
+                state.broken = Some(error.to_string());
+            }
         }
     }
 }
@@ -447,6 +497,14 @@ fn compact(state: &mut State, root: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    fn open(root: &Path) -> Result<Store> {
+        Store::open(root, 0)
+    }
+
+    fn active(store: &Store, key: &str) -> Result<()> {
+        store.create(key, store.begin(), Kind::Active, "", &Labels::new())
+    }
 
     fn contents(store: &Store) -> Vec<(String, String, Kind, Labels)> {
         store.all().into_iter().map(|(key, r)| (key, r.parent, r.kind, r.labels)).collect()
@@ -459,7 +517,7 @@ mod tests {
         #[test]
         fn survives_a_cut_anywhere(steps in prop::collection::vec((0..5_u8, "[a-c]", "[a-c]?"), 1..40), cut in 0.0..1.0_f64) {
             let dir = tempfile::tempdir().unwrap();
-            let store = Store::open(dir.path()).unwrap();
+            let store = open(dir.path()).unwrap();
             let journal = dir.path().join("journal");
             let mut history = vec![(MAGIC.len() as u64, contents(&store))];
             for (step, key, other) in steps {
@@ -477,43 +535,137 @@ mod tests {
             let length = fs::metadata(&journal).unwrap().len();
             let at = MAGIC.len() as u64 + ((length - MAGIC.len() as u64) as f64 * cut) as u64;
             OpenOptions::new().write(true).open(&journal).unwrap().set_len(at).unwrap();
-            let store = Store::open(dir.path()).unwrap();
+            let store = open(dir.path()).unwrap();
             let expected = &history.iter().rev().find(|(length, _)| *length <= at).unwrap().1;
             prop_assert_eq!(&contents(&store), expected);
             // And goes on from there.
             store.create("z", store.begin(), Kind::Active, "", &Labels::new()).unwrap();
             drop(store);
-            prop_assert!(Store::open(dir.path()).unwrap().get("z").is_ok());
+            prop_assert!(open(dir.path()).unwrap().get("z").is_ok());
+        }
+    }
+
+    /// A journal of three frames, and where each ends.
+    fn three(root: &Path) -> (PathBuf, Vec<u8>, Vec<usize>) {
+        let (store, journal) = (open(root).unwrap(), root.join("journal"));
+        let ends = ["a", "b", "c"].map(|key| {
+            active(&store, key).unwrap();
+            fs::metadata(&journal).unwrap().len() as usize
+        });
+        let bytes = fs::read(&journal).unwrap();
+        (journal, bytes, ends.to_vec())
+    }
+
+    #[test]
+    fn damage_before_a_whole_frame_is_refused_and_touches_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, bytes, ends) = three(dir.path());
+        // Any byte of the second: its length, its sum, its payload.
+        for at in ends[0]..ends[1] {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 0x40;
+            fs::write(&journal, &damaged).unwrap();
+            match open(dir.path()) {
+                Err(Error::Lost(text)) => assert!(text.contains(&format!("byte {}", ends[0])), "{text}"),
+                other => panic!("{at}: {:?}", other.map(|store| contents(&store))),
+            }
+            assert_eq!(fs::read(&journal).unwrap(), damaged);
+        }
+        fs::write(&journal, &bytes).unwrap();
+        assert_eq!(contents(&open(dir.path()).unwrap()).len(), 3);
+    }
+
+    #[test]
+    fn a_bad_last_frame_is_cut_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, bytes, ends) = three(dir.path());
+        let mut damaged = bytes.clone();
+        damaged[ends[1] + 20] ^= 1;
+        // Half of a page that was never written reads as zeros.
+        let mut zeros = bytes[..ends[1] + 3].to_vec();
+        zeros.resize(bytes.len() + 4096, 0);
+        for torn in [damaged, zeros] {
+            fs::write(&journal, torn).unwrap();
+            assert_eq!(contents(&open(dir.path()).unwrap()).len(), 2);
+            assert_eq!(fs::read(&journal).unwrap(), bytes[..ends[1]]);
         }
     }
 
     #[test]
-    fn damage_in_the_middle_ends_the_journal_there() {
+    fn without_its_journal_a_folder_is_not_begun_anew() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        store.create("a", store.begin(), Kind::Active, "", &Labels::new()).unwrap();
-        let good = fs::metadata(dir.path().join("journal")).unwrap().len() as usize;
-        store.create("b", store.begin(), Kind::Active, "", &Labels::new()).unwrap();
+        assert!(matches!(Store::open(dir.path(), 3), Err(Error::Lost(_))));
+        assert!(!dir.path().join("journal").exists());
+        active(&open(dir.path()).unwrap(), "a").unwrap();
+        assert_eq!(
+            Store::open(dir.path(), 7).unwrap().begin(),
+            8,
+            "a number that is taken is not given again"
+        );
+    }
+
+    /// Puts a file in the place of the journal that takes writes, and fails to sync.
+    fn fail_syncs(store: &Store) -> File {
+        let null = OpenOptions::new().write(true).open("/dev/null").unwrap();
+        std::mem::replace(&mut store.state.lock().journal, null)
+    }
+
+    #[test]
+    fn a_failed_sync_is_told_to_all_who_wrote_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path()).unwrap();
+        active(&store, "a").unwrap();
+        let journal = fail_syncs(&store);
+        assert!(matches!(active(&store, "b"), Err(Error::Io { .. })));
+        assert!(store.get("b").is_ok(), "what may be on disk is to be seen");
+        // The kernel has told of it: the next sync succeeds.
+        store.state.lock().journal = journal;
+        let sequence = store.state.lock().sequence;
+        assert!(matches!(store.sync(sequence), Err(Error::FailedPrecondition(_))));
+        assert!(store.sync(sequence - 1).is_ok(), "what was on disk before stays so");
+        for refused in [active(&store, "c"), store.check_new("c", ""), store.check_commit("n", "a").map(drop)]
+        {
+            assert!(matches!(refused, Err(Error::FailedPrecondition(_))));
+        }
+    }
+
+    #[test]
+    fn a_change_does_not_fail_with_the_rewriting_of_the_journal() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path()).unwrap();
+        // In the way of the new journal.
+        let temporary = dir.path().join(".journal.new");
+        fs::create_dir(&temporary).unwrap();
+        let labels = Labels::from([("l".into(), "x".repeat(100_000))]);
+        let fill = |from: usize| {
+            for number in from..from + 8 {
+                store.create(&format!("{number}"), store.begin(), Kind::Active, "", &labels).unwrap();
+                store.remove(&format!("{number}")).unwrap();
+            }
+        };
+        fill(0);
+        fill(8);
+        active(&store, "a").unwrap();
+        let length = || fs::metadata(dir.path().join("journal")).unwrap().len();
+        assert!(length() > COMPACT_MIN);
+        fs::remove_dir(&temporary).unwrap();
+        active(&store, "b").unwrap();
+        assert!(length() < COMPACT_MIN);
         drop(store);
-        let mut bytes = fs::read(dir.path().join("journal")).unwrap();
-        bytes[good + 20] ^= 1;
-        fs::write(dir.path().join("journal"), bytes).unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        assert!(store.get("a").is_ok());
-        assert!(matches!(store.get("b"), Err(Error::NotFound(_))));
+        assert_eq!(contents(&open(dir.path()).unwrap()).len(), 2);
     }
 
     #[test]
     fn one_process_at_a_time() {
         let dir = tempfile::tempdir().unwrap();
-        let _store = Store::open(dir.path()).unwrap();
-        assert!(matches!(Store::open(dir.path()), Err(Error::InUse(_))));
+        let _store = open(dir.path()).unwrap();
+        assert!(matches!(open(dir.path()), Err(Error::InUse(_))));
     }
 
     #[test]
     fn the_journal_does_not_grow_with_its_past() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let store = open(dir.path()).unwrap();
         let labels = Labels::from([("l".into(), "x".repeat(4000))]);
         store.create("base", store.begin(), Kind::Active, "", &labels).unwrap();
         for _ in 0..400 {
@@ -523,13 +675,13 @@ mod tests {
         let length = fs::metadata(dir.path().join("journal")).unwrap().len();
         assert!(length < 2 * COMPACT_MIN, "{length}");
         drop(store);
-        assert_eq!(contents(&Store::open(dir.path()).unwrap()).len(), 1);
+        assert_eq!(contents(&open(dir.path()).unwrap()).len(), 1);
     }
 
     #[test]
     fn many_at_once() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let store = open(dir.path()).unwrap();
         std::thread::scope(|scope| {
             for thread in 0..8 {
                 let store = &store;
@@ -544,6 +696,6 @@ mod tests {
         let ids: BTreeSet<u64> = store.all().iter().map(|(_, record)| record.id).collect();
         assert_eq!(ids.len(), 200);
         drop(store);
-        assert_eq!(Store::open(dir.path()).unwrap().all().len(), 200);
+        assert_eq!(open(dir.path()).unwrap().all().len(), 200);
     }
 }

@@ -96,7 +96,9 @@ contract!(
     walk_sees_everything_once,
     usage_is_of_the_layer_alone,
     everything_is_there_after_a_reopen,
-    leftovers_go_at_the_open,
+    leftovers_go_at_a_cleanup,
+    what_is_lost_is_said_and_not_made_up,
+    a_lost_journal_is_no_reason_to_remove,
     mounts_are_stable,
     chains_are_deep,
     the_top_folder_looks_like_the_parents,
@@ -314,7 +316,7 @@ fn everything_is_there_after_a_reopen(stage: &Stage) {
     assert!(matches!(stage.snapshotter.remove("one"), Err(Error::FailedPrecondition(_))));
 }
 
-fn leftovers_go_at_the_open(stage: &Stage) {
+fn leftovers_go_at_a_cleanup(stage: &Stage) {
     let stage = Stage::new(stage.name);
     stage.layer("one", "", |_| ());
     let snapshots = stage.dir.path().join("root/snapshots");
@@ -323,19 +325,70 @@ fn leftovers_go_at_the_open(stage: &Stage) {
         fs::create_dir_all(snapshots.join(leftover)).unwrap();
     }
     let stage = stage.reopen();
-    assert_eq!(stage.folders(), 1);
-    // And what a power cut takes: a folder that was not synced, of a snapshot that was acknowledged.
+    assert_eq!(stage.folders(), 3, "an open removes nothing");
     let mounts = stage.snapshotter.prepare("k", "one", &Labels::new()).unwrap();
-    for folder in names(&snapshots) {
-        if fs::read_dir(snapshots.join(&folder)).is_ok() && folder != "1" {
-            fs::remove_dir_all(snapshots.join(&folder)).unwrap();
-        }
-    }
-    let stage = stage.reopen();
-    assert_eq!(stage.snapshotter.mounts("k").unwrap(), mounts);
-    fs::write(stage.mounted(&mounts).path().join("x"), "").unwrap();
     stage.snapshotter.cleanup().unwrap();
     assert_eq!(stage.folders(), 2);
+    assert_eq!(stage.snapshotter.mounts("k").unwrap(), mounts);
+}
+
+fn what_is_lost_is_said_and_not_made_up(stage: &Stage) {
+    let stage = Stage::new(stage.name);
+    stage.layer("one", "", |root| fs::write(root.join("f"), "1").unwrap());
+    stage.layer("two", "one", |_| ());
+    let mut own = Vec::new();
+    for key in ["k", "l"] {
+        let before = names(&stage.dir.path().join("root/snapshots"));
+        stage.snapshotter.prepare(key, "two", &Labels::new()).unwrap();
+        own.extend(names(&stage.dir.path().join("root/snapshots")).difference(&before).cloned());
+    }
+    let lost = |result: snapshotter::Result<()>| match result {
+        Err(Error::Lost(text)) => assert!(text.contains("snapshots/"), "{text}"),
+        other => panic!("{other:?}"),
+    };
+    let folder = |id: &str| stage.dir.path().join("root/snapshots").join(id);
+    // The folder of an active snapshot, by a hand, or a damaged file system.
+    fs::remove_dir_all(folder(&own[0])).unwrap();
+    let (path, away) = (folder("2"), stage.dir.path().join("away"));
+    let stage = stage.reopen();
+    let s = &stage.snapshotter;
+    lost(s.mounts("k").map(drop));
+    lost(s.usage("k").map(drop));
+    lost(s.commit("n", "k", &Labels::new()));
+    assert_eq!(s.stat("k").unwrap().kind, Kind::Active, "it is known, and can be removed");
+    assert!(s.mounts("l").is_ok(), "the rest serves");
+    s.remove("k").unwrap();
+    // And that of a layer.
+    fs::rename(&path, &away).unwrap();
+    let before = stage.folders();
+    lost(s.prepare("m", "two", &Labels::new()).map(drop));
+    lost(s.view("m", "two", &Labels::new()).map(drop));
+    assert!(matches!(s.stat("m"), Err(Error::NotFound(_))));
+    assert_eq!(stage.folders(), before, "a failed call leaves no folder");
+    let stage = stage.reopen();
+    assert!(!path.exists(), "a layer is not made anew, empty");
+    fs::rename(&away, &path).unwrap();
+    let mounts = stage.snapshotter.prepare("m", "two", &Labels::new()).unwrap();
+    assert_eq!(names(stage.mounted(&mounts).path()), set(&["f"]));
+}
+
+fn a_lost_journal_is_no_reason_to_remove(stage: &Stage) {
+    let stage = Stage::new(stage.name);
+    stage.layer("one", "", |root| fs::write(root.join("f"), "1").unwrap());
+    let (root, away) = (stage.dir.path().join("root"), stage.dir.path().join("journal"));
+    let name = stage.name;
+    let Stage { snapshotter, dir, .. } = stage;
+    drop(snapshotter);
+    fs::rename(root.join("journal"), &away).unwrap();
+    match snapshotter::open(name, &root) {
+        Err(Error::Lost(text)) => assert!(text.contains("journal"), "{text}"),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("opened"),
+    }
+    fs::rename(&away, root.join("journal")).unwrap();
+    let stage = Stage { name, snapshotter: snapshotter::open(name, &root).unwrap(), dir };
+    let mounts = stage.snapshotter.view("v", "one", &Labels::new()).unwrap();
+    assert_eq!(names(stage.mounted(&mounts).path()), set(&["f"]));
 }
 
 fn mounts_are_stable(stage: &Stage) {

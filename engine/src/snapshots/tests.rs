@@ -27,11 +27,27 @@ impl Bench {
         std::thread::spawn(open).join().unwrap()
     }
 
-    /// The engine stops, whatever it was at, and starts again.
-    fn restart(self) -> Self {
+    /// The engine stops, whatever it was at.
+    fn stop(self) -> tempfile::TempDir {
         let Bench { dir, metadata, events, snapshots } = self;
         drop((metadata, events, snapshots));
-        Bench::on(dir)
+        dir
+    }
+
+    /// The engine stops, whatever it was at, and starts again.
+    fn restart(self) -> Self {
+        Bench::on(self.stop())
+    }
+
+    /// Puts another snapshotter in the place of this one.
+    fn replace(&mut self, name: &str, by: impl FnOnce(Arc<dyn Snapshotter>) -> Arc<dyn Snapshotter>) {
+        let snapshotters = Arc::get_mut(&mut self.snapshots.snapshotters).unwrap();
+        let opened = snapshotters.get_mut(name).unwrap();
+        opened.snapshotter = by(opened.snapshotter.clone());
+    }
+
+    fn failed(&self) -> BTreeMap<String, String> {
+        self.snapshots.failed().map(|(name, why)| (name.to_owned(), why.to_owned())).collect()
     }
 
     async fn prepare(
@@ -111,6 +127,7 @@ fn class<T: std::fmt::Debug>(result: Result<T>) -> &'static str {
         Error::AlreadyExists(_) => "already exists",
         Error::FailedPrecondition(_) => "failed precondition",
         Error::InvalidArgument(_) => "invalid argument",
+        Error::DataLoss(_) => "data loss",
         other => panic!("{other:?}"),
     }
 }
@@ -342,4 +359,267 @@ async fn racing_commits_make_one_layer() {
     }
     assert!(bench.inner(name).is_empty(), "records and snapshotter agree");
     assert!(!bench.metadata.view().any::<CommitRecord>(&[]));
+}
+
+/// Stands before a real snapshotter: fails its commits after (or before) they are done, as a failed sync does, and runs
+/// something between the making of a snapshot and its record.
+struct Troubled<F> {
+    real: Arc<dyn Snapshotter>,
+    commits: bool,
+    prepared: F,
+}
+
+#[rustfmt::skip]
+impl<F: Fn() + Send + Sync> Snapshotter for Troubled<F> {
+    fn prepare(&self, key: &str, parent: &str, labels: &Labels) -> snapshotter::Result<Vec<Mount>> {
+        let made = self.real.prepare(key, parent, labels)?;
+        (self.prepared)();
+        Ok(made)
+    }
+    fn view(&self, key: &str, parent: &str, labels: &Labels) -> snapshotter::Result<Vec<Mount>> { self.real.view(key, parent, labels) }
+    fn mounts(&self, key: &str) -> snapshotter::Result<Vec<Mount>> { self.real.mounts(key) }
+    fn commit(&self, name: &str, key: &str, labels: &Labels) -> snapshotter::Result<()> {
+        if self.commits {
+            self.real.commit(name, key, labels)?;
+        }
+        let source = std::io::Error::from_raw_os_error(5);
+        Err(InnerError::Io { what: "sync the journal in", path: "/x".into(), source })
+    }
+    fn remove(&self, key: &str) -> snapshotter::Result<()> { self.real.remove(key) }
+    fn stat(&self, key: &str) -> snapshotter::Result<snapshotter::Info> { self.real.stat(key) }
+    fn update(&self, info: &snapshotter::Info, paths: &[String]) -> snapshotter::Result<snapshotter::Info> { self.real.update(info, paths) }
+    fn walk(&self, visit: &mut dyn FnMut(snapshotter::Info) -> snapshotter::Result<()>) -> snapshotter::Result<()> { self.real.walk(visit) }
+    fn usage(&self, key: &str) -> snapshotter::Result<Usage> { self.real.usage(key) }
+    fn cleanup(&self) -> snapshotter::Result<()> { self.real.cleanup() }
+}
+
+#[tokio::test]
+async fn a_commit_that_may_be_on_disk_is_not_taken_back() {
+    for (commits, kept) in [(true, ["layer", "one"]), (false, ["one", "rw"])] {
+        let mut bench = Bench::new();
+        let (a, name) = (context("a"), snapshotter::NAMES[0]);
+        bench.layer(&a, name, "one", "").await;
+        bench.prepare(&a, name, "rw", "one").await.unwrap();
+        bench.replace(name, |real| Arc::new(Troubled { real, commits, prepared: || () }));
+        let error = bench.commit(&a, name, "layer", "rw").await.unwrap_err();
+        assert_eq!(error.to_string().contains("started again"), commits, "{error}");
+        assert_eq!(bench.metadata.view().any::<CommitRecord>(&[]), commits);
+        let bench = bench.restart();
+        assert_eq!(bench.keys(&a, name, "").await, kept);
+        assert_eq!(bench.inner(name).len(), 2);
+        assert!(!bench.metadata.view().any::<CommitRecord>(&[]));
+        assert!(bench.failed().is_empty(), "{:?}", bench.failed());
+    }
+}
+
+#[tokio::test]
+async fn a_parent_removed_while_its_child_is_made_goes_with_it() {
+    let mut bench = Bench::new();
+    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    bench.layer(&a, name, "one", "").await;
+    bench.layer(&a, name, "two", "one").await;
+    let (snapshots, handle) = (bench.snapshots.clone(), tokio::runtime::Handle::current());
+    let removing = {
+        let a = a.clone();
+        move || {
+            for key in ["two", "one"] {
+                handle.block_on(snapshots.remove(&a, name, key.into())).unwrap();
+            }
+        }
+    };
+    // The domain's handle that the test removes by shares the map.
+    let real = bench.snapshots.snapshotters[name].snapshotter.clone();
+    let troubled: Arc<dyn Snapshotter> = Arc::new(Troubled { real, commits: true, prepared: removing });
+    let opened = |name: &str, opened: &Opened| {
+        let snapshotter = if name == snapshotter::NAMES[0] { &troubled } else { &opened.snapshotter };
+        (
+            name.to_owned(),
+            Opened { root: opened.root.clone(), snapshotter: snapshotter.clone(), intact: true },
+        )
+    };
+    let map = bench.snapshots.snapshotters.iter().map(|(name, of)| opened(name, of)).collect();
+    bench.snapshots.snapshotters = Arc::new(map);
+    assert_eq!(class(bench.prepare(&a, name, "rw", "two").await), "not found");
+    assert!(bench.inner(name).is_empty(), "{:?}", bench.inner(name));
+}
+
+fn snapshotter_root(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("io.containerd.snapshotter.v1.{name}"))
+}
+
+/// A layer, and an active snapshot over it with a file in it.
+async fn some(bench: &Bench, name: &str) {
+    let a = context("a");
+    bench.layer(&a, name, "one", "").await;
+    let mounts = bench.prepare(&a, name, "rw", "one").await.unwrap();
+    let mounted = sys::mount::Mounted::new(&mounts, bench.dir.path()).unwrap();
+    std::fs::write(mounted.path().join("precious"), "data").unwrap();
+}
+
+async fn is_all_there(bench: &Bench, name: &str) {
+    let a = context("a");
+    assert!(bench.failed().is_empty(), "{:?}", bench.failed());
+    assert_eq!(bench.keys(&a, name, "").await, ["one", "rw"]);
+    let mounts = bench.snapshots.mounts(&a, name, "rw").await.unwrap();
+    let mounted = sys::mount::Mounted::new(&mounts, bench.dir.path()).unwrap();
+    assert!(mounted.path().join("precious").exists() && mounted.path().join("one").exists());
+}
+
+#[tokio::test]
+async fn a_disk_that_is_not_mounted_costs_nothing() {
+    let [name, other] = snapshotter::NAMES;
+    let bench = Bench::new();
+    some(&bench, name).await;
+    some(&bench, other).await;
+    let dir = bench.stop();
+    let (root, away) = (snapshotter_root(dir.path(), name), dir.path().join("away"));
+    std::fs::rename(&root, &away).unwrap();
+    // Twice: what the first start made in the bare folder does not mislead the second.
+    let bench = Bench::on(dir).restart();
+    let failed = bench.failed();
+    assert_eq!(failed.keys().collect::<Vec<_>>(), [name]);
+    assert!(failed[name].contains("mount") && failed[name].contains("2 are recorded"), "{failed:?}");
+    let a = context("a");
+    let error = bench.snapshots.stat(&a, name, "rw").await.unwrap_err();
+    assert!(error.to_string().contains("mount"), "{error}");
+    assert_eq!(bench.keys(&a, other, "").await, ["one", "rw"], "the rest serves");
+    let dir = bench.stop();
+    std::fs::remove_dir_all(&root).unwrap();
+    std::fs::rename(&away, &root).unwrap();
+    let bench = Bench::on(dir);
+    is_all_there(&bench, name).await;
+    is_all_there(&bench, other).await;
+    // And when it is gone for good.
+    let dir = bench.stop();
+    std::fs::remove_dir_all(&root).unwrap();
+    let bench = Bench::on(dir);
+    assert_eq!(class(bench.remove(&a, name, "one").await), "failed precondition");
+    for key in ["rw", "one"] {
+        bench.remove(&a, name, key).await.unwrap();
+    }
+    let bench = bench.restart();
+    assert!(bench.failed().is_empty(), "{:?}", bench.failed());
+    some(&bench, name).await;
+}
+
+#[tokio::test]
+async fn a_damaged_journal_costs_nothing() {
+    let [name, other] = snapshotter::NAMES;
+    let bench = Bench::new();
+    some(&bench, name).await;
+    some(&bench, other).await;
+    let dir = bench.stop();
+    let journal = snapshotter_root(dir.path(), name).join("journal");
+    let good = std::fs::read(&journal).unwrap();
+    let mut bad = good.clone();
+    bad[40] ^= 1;
+    std::fs::write(&journal, bad).unwrap();
+    let bench = Bench::on(dir);
+    assert!(bench.failed()[name].contains("damaged"), "{:?}", bench.failed());
+    assert_eq!(bench.keys(&context("a"), other, "").await, ["one", "rw"], "the rest serves");
+    let dir = bench.stop();
+    std::fs::write(&journal, good).unwrap();
+    is_all_there(&Bench::on(dir), name).await;
+}
+
+#[tokio::test]
+async fn a_record_without_its_snapshot_stays_until_it_is_removed() {
+    let bench = Bench::new();
+    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    bench.layer(&a, name, "one", "").await;
+    let dir = bench.stop();
+    let journal = snapshotter_root(dir.path(), name).join("journal");
+    let length = std::fs::metadata(&journal).unwrap().len();
+    let bench = Bench::on(dir);
+    bench.prepare(&a, name, "rw", "one").await.unwrap();
+    bench.layer(&a, name, "two", "one").await;
+    let number = bench.snapshots.number.load(Ordering::Relaxed);
+    let dir = bench.stop();
+    // An older journal, as from a backup.
+    let recent = std::fs::read(&journal).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&journal).unwrap().set_len(length).unwrap();
+    let snapshots = journal.with_file_name("snapshots");
+    let bench = Bench::on(dir);
+    assert!(bench.failed().is_empty(), "{:?}", bench.failed());
+    assert!(bench.snapshots.number.load(Ordering::Relaxed) >= number, "no inner key is given again");
+    assert_eq!(bench.keys(&a, name, "").await, ["one"]);
+    for key in ["rw", "two"] {
+        assert_eq!(class(bench.snapshots.stat(&a, name, key).await), "data loss");
+        assert_eq!(class(bench.snapshots.mounts(&a, name, key).await), "data loss");
+        assert_eq!(class(bench.snapshots.usage(&a, name, key).await), "data loss");
+        let update = bench.snapshots.update(&a, name, key.into(), Labels::new(), vec![]).await;
+        assert_eq!(class(update), "data loss");
+    }
+    assert_eq!(class(bench.prepare(&a, name, "new", "two").await), "data loss");
+    assert_eq!(class(bench.prepare(&a, name, "rw", "one").await), "already exists");
+    assert_eq!(class(bench.snapshots.cleanup(name).await), "failed precondition");
+    assert_eq!(std::fs::read_dir(&snapshots).unwrap().count(), 3, "folders stay");
+    // The recent one is found.
+    let dir = bench.stop();
+    std::fs::write(&journal, &recent).unwrap();
+    let bench = Bench::on(dir);
+    assert_eq!(bench.keys(&a, name, "").await, ["one", "rw", "two"]);
+    assert!(!bench.snapshots.mounts(&a, name, "rw").await.unwrap().is_empty());
+    // It is not.
+    let dir = bench.stop();
+    std::fs::OpenOptions::new().write(true).open(&journal).unwrap().set_len(length).unwrap();
+    let bench = Bench::on(dir);
+    for key in ["rw", "two"] {
+        bench.remove(&a, name, key).await.unwrap();
+    }
+    let bench = bench.restart();
+    assert_eq!(std::fs::read_dir(&snapshots).unwrap().count(), 1, "and go then");
+    bench.layer(&a, name, "two", "one").await;
+}
+
+#[tokio::test]
+async fn a_snapshotter_that_cannot_be_reconciled_fails_alone() {
+    let [name, other] = snapshotter::NAMES;
+    let bench = Bench::new();
+    some(&bench, name).await;
+    some(&bench, other).await;
+    // A commit that was done, of a snapshot whose parent is not recorded any more, cannot be brought to its end.
+    let a = context("a");
+    let active = bench.snapshots.stat(&a, other, "rw").await.unwrap().record.inner;
+    bench.snapshots.snapshotters[other].snapshotter.commit("a/50/two", &active, &Labels::new()).unwrap();
+    let intent = CommitRecord { key: "rw".into(), inner: active, layer: "two".into(), ..Default::default() };
+    let broken = bench.metadata.commit(move |txn| {
+        txn.delete::<SnapshotRecord>(&["a", other, "one"])?;
+        txn.put(&["a", other, "a/50/two"], &intent)
+    });
+    broken.await.unwrap();
+    let bench = bench.restart();
+    assert_eq!(bench.failed().keys().collect::<Vec<_>>(), [other]);
+    assert_eq!(bench.keys(&a, name, "").await, ["one", "rw"]);
+    // Who is told what is wrong can put it right.
+    bench.remove(&a, other, "rw").await.unwrap();
+    let bench = bench.restart();
+    assert!(bench.failed().is_empty(), "{:?}", bench.failed());
+    assert!(bench.inner(other).is_empty());
+}
+
+#[tokio::test]
+async fn what_is_collected_goes_in_any_order_and_what_is_named_stays() {
+    let bench = Bench::new();
+    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    let mut inner = Vec::new();
+    for (layer, parent) in [("one", ""), ("two", "one"), ("three", "two"), ("four", "three")] {
+        bench.layer(&a, name, layer, parent).await;
+        let record = bench.snapshots.stat(&a, name, layer).await.unwrap().record;
+        inner.push((name.to_owned(), record.inner));
+    }
+    let forgotten = bench.metadata.commit(move |txn| {
+        for key in ["four", "three", "two"] {
+            assert!(forget(txn, "a", name, key)?.is_some());
+        }
+        forget(txn, "a", name, "nothing")
+    });
+    assert_eq!(forgotten.await.unwrap(), None);
+    inner.push(("zfs".into(), "a/1/x".into()));
+    inner.push((name.into(), "a/99/gone".into()));
+    bench.snapshots.remove_collected(inner).await;
+    assert_eq!(bench.keys(&a, name, "").await, ["one"]);
+    assert_eq!(bench.inner(name).len(), 1);
+    bench.remove(&a, name, "one").await.unwrap();
+    assert!(bench.inner(name).is_empty());
 }
