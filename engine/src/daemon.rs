@@ -19,8 +19,8 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::api::{
-    containers, content, diff, events, images, introspection, leases, namespaces, shim_events, snapshots,
-    tasks, version,
+    containers, content, diff, events, images, introspection, leases, namespaces, sandboxes, shim_events,
+    snapshots, tasks, version,
 };
 use crate::config::Config;
 use crate::containers::Containers;
@@ -33,6 +33,7 @@ use crate::leases::Leases;
 use crate::metadata::Metadata;
 use crate::metrics::Metrics;
 use crate::namespaces::Namespaces;
+use crate::sandboxes::Sandboxes;
 use crate::serving::{self, Observe};
 use crate::snapshots::Snapshots;
 use crate::tasks::{Tasks, TasksOptions};
@@ -61,6 +62,7 @@ pub struct Daemon {
     introspection: Introspection,
     leases: Leases,
     namespaces: Namespaces,
+    sandboxes: Sandboxes,
     snapshots: Snapshots,
     tasks: Tasks,
 }
@@ -118,6 +120,7 @@ impl Daemon {
                 containers: Containers::new(metadata.clone(), events.clone()),
                 images: Images::new(metadata.clone(), events.clone()),
                 leases: Leases::new(metadata.clone()),
+                sandboxes: Sandboxes::new(metadata.clone()),
                 namespaces: Namespaces::new(metadata, events.clone()),
                 events,
                 content,
@@ -191,6 +194,9 @@ impl Daemon {
             .add_service(sized!(api::namespaces::v1::namespaces_server::NamespacesServer::new(
                 namespaces::Service { namespaces: self.namespaces }
             )))
+            .add_service(sized!(api::sandbox::v1::store_server::StoreServer::new(sandboxes::Store {
+                sandboxes: self.sandboxes
+            })))
             .add_service(sized!(api::snapshots::v1::snapshots_server::SnapshotsServer::new(
                 snapshots::Service { snapshots: self.snapshots }
             )))
@@ -277,6 +283,7 @@ fn plugins(config: &Config, content_root: &Path, snapshots: &Snapshots) -> Vec<P
         "introspection",
         "leases",
         "namespaces",
+        "sandboxes",
         "snapshots",
         "tasks",
         "version",

@@ -22,6 +22,7 @@ pub mod metadata;
 pub mod metrics;
 pub mod namespaces;
 pub mod publish;
+pub mod sandboxes;
 pub mod serving;
 pub mod snapshots;
 pub mod tasks;

@@ -25,6 +25,7 @@ mod db;
 pub mod images;
 pub mod leases;
 pub mod namespaces;
+pub mod sandboxes;
 pub mod sequences;
 pub mod snapshots;
 

@@ -118,7 +118,8 @@ impl Docker {
 
     fn tail(&self) -> String {
         let log = self.log();
-        let lines: Vec<&str> = log.lines().rev().filter(|line| !line.contains("level=info")).take(8).collect();
+        let lines: Vec<&str> =
+            log.lines().rev().filter(|line| !line.contains("level=info")).take(8).collect();
         format!("--- dockerd: {}", lines.into_iter().rev().collect::<Vec<_>>().join("\n"))
     }
 
@@ -167,7 +168,8 @@ fn a_container_through_its_life() {
     assert!(error.contains("no such file or directory"), "{error}");
 
     let script = "echo out; echo err >&2; trap 'exit 9' TERM; while true; do sleep 0.1; done";
-    let long = ["run", "-d", "--name", "long", "--network", "none", "--memory", "64m", image, "sh", "-c", script];
+    let long =
+        ["run", "-d", "--name", "long", "--network", "none", "--memory", "64m", image, "sh", "-c", script];
     docker.ok(&long);
     assert_eq!(docker.ok(&["exec", "long", "echo", "inside"]), "inside");
     assert_eq!(docker.try_run(&["exec", "long", "sh", "-c", "exit 8"]).1, 8);
