@@ -15,8 +15,9 @@
 //!  view()          --> the last published state: an immutable ordered map, shared by pointer
 //! ```
 //!
-//! Invariants: what `commit` answered is on disk. A closure that fails leaves no trace. A view is one consistent state
-//! between commits, never one that is not yet on disk, and taking it or reading it waits for nobody.
+//! Invariants: what `commit` answered is on disk, and so is what the answer was drawn from, be it an error. A closure that
+//! fails leaves no trace. A view is one consistent state between commits, never one that is not yet on disk, and taking it
+//! or reading it waits for nobody.
 
 mod archive;
 pub mod containers;
@@ -113,6 +114,7 @@ impl Read for View {
 /// The state as a commit's closure sees it: what is committed, plus what this closure has written so far.
 pub struct Transaction {
     map: Map,
+    durable: Map,
     writes: Vec<Write>,
 }
 
@@ -123,8 +125,14 @@ impl Read for Transaction {
 }
 
 impl Transaction {
-    fn new(map: Map) -> Self {
-        Transaction { map, writes: Vec::new() }
+    fn new(map: Map, durable: Map) -> Self {
+        Transaction { map, durable, writes: Vec::new() }
+    }
+
+    /// The state that is on disk: what the closures before this one wrote in the same group is not in it. For what
+    /// cannot be taken back when the group fails or the engine is killed, such as the removal of a file.
+    pub fn durable(&self) -> View {
+        View(self.durable.clone())
     }
 
     /// Writes a record, new or in the place of the one with this key.
