@@ -11,17 +11,19 @@
 //! The bytes of a blob are stored once for all namespaces; each namespace has a record of those it has. A namespace that
 //! opens an ingest for a digest which another has gets an ingest that is complete already, and need only commit it.
 //!
-//! Invariants: a record commits after its blob is synced. A blob's file goes after the last record that names it is gone;
-//! both are decided on the metadata's writer thread, so a commit and a removal of the same blob cannot cross. One writer at
-//! a time has an ingest.
+//! Invariants: a record commits after its blob, and the blob's name in its folder, are on disk. A blob's file goes after
+//! the last record that names it is gone, on disk as well. That a file is there, and that nobody needs it, is looked at on
+//! the metadata's writer thread, so a commit and a removal of the same blob cannot cross. One writer at a time has an
+//! ingest.
 
 mod session;
 mod store;
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -187,40 +189,35 @@ impl Content {
                 })
                 .await?;
             this.events.publish(&namespace, "/content/delete", &ContentDelete { digest: digest.to_string() });
-            this.remove_unused(digest).await;
+            this.remove_unused(vec![digest]).await;
             Ok(())
         })
         .await
     }
 
-    /// Removes the file of a blob that no record names. That nobody needs it holds on the metadata's writer thread, so
-    /// that is where it is taken out of the store.
-    async fn remove_unused(&self, digest: Digest) {
-        let store = self.store.clone();
-        let taken = self.metadata.commit(move |txn| {
-            let namespaces = txn.list::<NamespaceRecord>(&[]);
-            for (parts, _) in namespaces {
-                if txn.has::<BlobRecord>(&[&parts.concat(), digest.as_str()])? {
-                    return Ok(None);
+    /// Removes the files of those of the blobs that no record names any more.
+    pub(crate) async fn remove_unused(&self, mut digests: Vec<Digest>) {
+        while !digests.is_empty() {
+            let store = self.store.clone();
+            let unused = self.metadata.commit(move |txn| take_unused(&store, txn, &digests)).await;
+            let removed = match unused {
+                Ok(Unused { taken, later }) => {
+                    // Once this was answered, what had yet to come to disk is there.
+                    digests = later;
+                    blocking(move || {
+                        remove_taken(&taken);
+                        Ok(())
+                    })
+                    .await
                 }
+                Err(error) => {
+                    digests = Vec::new();
+                    Err(error)
+                }
+            };
+            if let Err(error) = removed {
+                tracing::warn!(%error, "the files of deleted blobs stay until they are collected");
             }
-            if txn.list::<IngestRecord>(&[]).iter().any(|(_, ingest)| ingest.shared == digest.as_str()) {
-                return Ok(None);
-            }
-            store.take_out(&digest)
-        });
-        let removed = match taken.await {
-            Ok(Some(path)) => {
-                blocking(move || {
-                    std::fs::remove_file(&path).map_err(|error| Error::io("remove", &path, &error))
-                })
-                .await
-            }
-            Ok(None) => Ok(()),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = removed {
-            tracing::warn!(%error, "the file of a deleted blob stays until it is collected");
         }
     }
 
@@ -317,7 +314,7 @@ impl Content {
             let store = this.store.clone();
             blocking(move || store.remove_ingest(&record.key)).await?;
             if let Ok(digest) = record.shared.parse::<Digest>() {
-                this.remove_unused(digest).await;
+                this.remove_unused(vec![digest]).await;
             }
             Ok(())
         })
@@ -427,6 +424,63 @@ impl Content {
     }
 }
 
+/// Blobs that nobody needs any more.
+struct Unused {
+    /// Where their files are now, to be deleted.
+    taken: Vec<PathBuf>,
+    /// Those that are needed on disk: the commit that lets them go is under way.
+    later: Vec<Digest>,
+}
+
+/// Within a commit, which is where it holds that nobody needs a blob: takes the files of those that nobody needs out of the
+/// store. A file cannot be taken back, so what is on disk must not name it either.
+fn take_unused(store: &Store, txn: &Transaction, digests: &[Digest]) -> Result<Unused> {
+    let (named, on_disk) = (named(txn, digests)?, named(&txn.durable(), digests)?);
+    let mut unused = Unused { taken: Vec::new(), later: Vec::new() };
+    for digest in digests.iter().filter(|digest| !named.contains(digest)) {
+        if on_disk.contains(digest) {
+            unused.later.push(digest.clone());
+            continue;
+        }
+        match store.take_out(digest) {
+            Ok(path) => unused.taken.extend(path),
+            Err(error) => tracing::warn!(%error, "the file of a deleted blob stays"),
+        }
+    }
+    Ok(unused)
+}
+
+/// Those of the blobs that a record or an ingest of any namespace names.
+fn named<'a>(state: &impl Read, digests: &'a [Digest]) -> Result<HashSet<&'a Digest>> {
+    let namespaces: Vec<String> =
+        state.keys::<NamespaceRecord>(&[]).into_iter().map(|parts| parts.concat()).collect();
+    let ingests = state.list::<IngestRecord>(&[]);
+    let shared: HashSet<&str> = ingests.iter().map(|(_, ingest)| ingest.shared.as_str()).collect();
+    let mut named = HashSet::new();
+    for digest in digests {
+        let mut found = shared.contains(digest.as_str());
+        for namespace in &namespaces {
+            found |= state.has::<BlobRecord>(&[namespace, digest.as_str()])?;
+        }
+        if found {
+            named.insert(digest);
+        }
+    }
+    Ok(named)
+}
+
+fn remove_taken(taken: &[PathBuf]) {
+    for path in taken {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let path = path.display();
+                tracing::warn!(%path, %error, "the file of a deleted blob stays until the next start");
+            }
+            _ => {}
+        }
+    }
+}
+
 impl Writer {
     /// The ingest's state.
     pub fn status(&self) -> Status {
@@ -512,10 +566,10 @@ impl Writer {
 
     async fn commit_now(self, size: u64, expected: Option<Digest>, labels: Labels) -> Result<Digest> {
         let Writer { content, context, namespace, reference, data, .. } = self;
-        let (digest, size, finished) = match data {
+        let (digest, size, mut finished) = match data {
             Data::Own(ingest) => {
                 let finished = blocking(move || ingest.finish(size, expected.as_ref())).await?;
-                (finished.digest.clone(), finished.size, Some(Arc::new(finished)))
+                (finished.digest.clone(), finished.size, Some(finished))
             }
             Data::Shared { digest, size: have, .. } => {
                 if (size > 0 && size != have) || expected.is_some_and(|expected| expected != digest) {
@@ -526,40 +580,19 @@ impl Writer {
                 (digest, have, None)
             }
         };
-        let committed = {
-            let (content, digest, namespace) = (content.clone(), digest.clone(), namespace.clone());
-            let finished = finished.clone();
-            content
-                .metadata
-                .clone()
-                .commit(move |txn| {
-                    if !txn.has::<IngestRecord>(&[namespace.as_str(), &reference])? {
-                        return Err(missing_ingest(&reference).context("it was aborted before its commit"));
-                    }
-                    content.check_present(finished.as_deref(), &digest)?;
-                    let key = [namespace.as_str(), digest.as_str()];
-                    let exists = txn.has::<BlobRecord>(&key)?;
-                    if !exists {
-                        let now = Some(SystemTime::now().into());
-                        let size = signed(size);
-                        txn.put(&key, &BlobRecord { size, created_at: now, updated_at: now, labels })?;
-                    }
-                    txn.delete::<IngestRecord>(&[namespace.as_str(), &reference])?;
-                    leave_lease(txn, &context, leases::INGESTS, &reference)?;
-                    leases::join(txn, &context, leases::CONTENT, digest.as_str())?;
-                    Ok(exists)
-                })
-                .await
-        };
+        let blob = (digest.clone(), size);
+        let committed =
+            content.publish_and_record(&mut finished, blob, &context, &namespace, &reference, labels).await;
         let exists = match committed {
             Ok(exists) => exists,
             Err(error) => {
                 // The ingest still has the data; the store shall not have a blob that nobody knows.
-                content.remove_unused(digest).await;
+                drop(finished);
+                content.remove_unused(vec![digest]).await;
                 return Err(error);
             }
         };
-        if let Some(finished) = finished.and_then(Arc::into_inner) {
+        if let Some(finished) = finished {
             blocking(move || {
                 finished.clean();
                 Ok(())
@@ -577,14 +610,57 @@ impl Writer {
 }
 
 impl Content {
-    /// Within a commit: that the blob about to be recorded is in the store.
-    fn check_present(&self, finished: Option<&Finished>, digest: &Digest) -> Result<()> {
-        match finished {
-            Some(finished) => finished.publish(),
-            None if self.store.blob_size(digest)?.is_some() => Ok(()),
-            None => Err(Error::failed_precondition(format!(
-                "blob {digest} was removed meanwhile; abort the ingest and write it anew"
-            ))),
+    /// Brings a blob's file to disk and then its record; whether the namespace has the blob already.
+    async fn publish_and_record(
+        &self,
+        finished: &mut Option<Finished>,
+        (digest, size): (Digest, u64),
+        context: &RequestContext,
+        namespace: &Namespace,
+        reference: &str,
+        labels: Labels,
+    ) -> Result<bool> {
+        loop {
+            let (own, store, blob) = (finished.take(), self.store.clone(), digest.clone());
+            *finished = blocking(move || {
+                match &own {
+                    Some(finished) => finished.publish()?,
+                    None => store.sync_name(&blob)?,
+                }
+                Ok(own)
+            })
+            .await?;
+            let (store, digest, context) = (self.store.clone(), digest.clone(), context.clone());
+            let (namespace, reference, labels) = (namespace.clone(), reference.to_owned(), labels.clone());
+            let recorded = self.metadata.commit(move |txn| {
+                if !txn.has::<IngestRecord>(&[namespace.as_str(), &reference])? {
+                    return Err(missing_ingest(&reference).context("it was aborted before its commit"));
+                }
+                if store.blob_size(&digest)? != Some(size) {
+                    return Ok(None);
+                }
+                let key = [namespace.as_str(), digest.as_str()];
+                let exists = txn.has::<BlobRecord>(&key)?;
+                if !exists {
+                    let now = Some(SystemTime::now().into());
+                    let size = signed(size);
+                    txn.put(&key, &BlobRecord { size, created_at: now, updated_at: now, labels })?;
+                }
+                txn.delete::<IngestRecord>(&[namespace.as_str(), &reference])?;
+                leave_lease(txn, &context, leases::INGESTS, &reference)?;
+                leases::join(txn, &context, leases::CONTENT, digest.as_str())?;
+                Ok(Some(exists))
+            });
+            match recorded.await? {
+                Some(exists) => return Ok(exists),
+                // A removal that had begun before the pin took the file; there can be no other now.
+                None if finished.is_some() => {}
+                None => {
+                    return Err(Error::failed_precondition(
+                        "the blob was removed meanwhile; abort the ingest and write it anew",
+                    ));
+                }
+            }
         }
     }
 }

@@ -82,15 +82,19 @@ pub trait Read {
         for (key, value) in self.map().range::<_, [u8]>(from(&prefix)) {
             let Some(rest) = key.strip_prefix(&prefix[..]) else { break };
             match decode(key, value) {
-                Ok(record) => {
-                    let parts =
-                        rest.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned());
-                    records.push((parts.collect(), record));
-                }
+                Ok(record) => records.push((split_key(rest), record)),
                 Err(error) => tracing::error!(%error, "a metadata record is set aside"),
             }
         }
         records
+    }
+
+    /// The remaining parts of every key that begins with these parts, also of records that cannot be decoded.
+    fn keys<R: Record>(&self, leading: &[&str]) -> Vec<Vec<String>> {
+        let Ok(mut prefix) = encode_key(R::TABLE, leading) else { return Vec::new() };
+        prefix.push(0);
+        let keys = self.map().range::<_, [u8]>(from(&prefix)).map(|(key, _)| key.strip_prefix(&prefix[..]));
+        keys.map_while(|rest| rest.map(split_key)).collect()
     }
 
     /// Whether any record's key begins with these parts.
@@ -194,6 +198,10 @@ fn encode_key(table: &str, parts: &[&str]) -> Result<Vec<u8>> {
         key.extend_from_slice(part.as_bytes());
     }
     Ok(key)
+}
+
+fn split_key(key: &[u8]) -> Vec<String> {
+    key.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned()).collect()
 }
 
 /// The range of keys from this one on.

@@ -16,10 +16,11 @@
 //!
 //! The data is linked, not moved, so that a kill before the record commits leaves an ingest that can be resumed.
 //!
-//! Invariants: what is in blobs/ has the digest of its name and is on disk. One writer at a time has an ingest. Everything
-//! here blocks: callers stay off the reactor.
+//! Invariants: what is in blobs/ has the digest of its name and is on disk; its name there is on disk once
+//! [`Store::sync_name`] was called. A blob's file that is pinned stays. Everything here blocks: callers stay off the
+//! reactor.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -43,6 +44,8 @@ pub(super) struct Store {
     root: Arc<Path>,
     /// Keys of the ingests that have a writer.
     writing: Arc<Mutex<HashSet<String>>>,
+    /// How many commits under way want a blob's file to stay.
+    pinned: Arc<Mutex<HashMap<Digest, usize>>>,
 }
 
 /// An ingest as it is on disk.
@@ -75,6 +78,31 @@ impl Drop for Held {
     }
 }
 
+/// While it is there, [`Store::take_out`] leaves the blob alone.
+struct Pin {
+    store: Store,
+    digest: Digest,
+}
+
+impl Pin {
+    fn new(store: &Store, digest: &Digest) -> Self {
+        *store.pinned.lock().entry(digest.clone()).or_default() += 1;
+        Pin { store: store.clone(), digest: digest.clone() }
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let mut pinned = self.store.pinned.lock();
+        if let Some(count) = pinned.get_mut(&self.digest) {
+            *count -= 1;
+            if *count == 0 {
+                pinned.remove(&self.digest);
+            }
+        }
+    }
+}
+
 impl Store {
     /// Opens or makes the folders, and removes what an earlier run was about to remove.
     pub(super) fn open(root: &Path) -> Result<Self> {
@@ -87,7 +115,7 @@ impl Store {
         for folder in [root, &root.join("blobs")] {
             sys::fs::sync_dir(folder).map_err(|error| Error::io("sync folder", folder, &error))?;
         }
-        Ok(Store { root: root.into(), writing: Arc::default() })
+        Ok(Store { root: root.into(), writing: Arc::default(), pinned: Arc::default() })
     }
 
     pub(super) fn blob_path(&self, digest: &Digest) -> PathBuf {
@@ -104,8 +132,23 @@ impl Store {
         }
     }
 
-    /// Takes a blob's file out of the store, at the speed of a rename; the path it has then, to be deleted.
+    /// Makes sure that a blob's name in its folder is on disk, whoever put it there.
+    pub(super) fn sync_name(&self, digest: &Digest) -> Result<()> {
+        let path = self.blob_path(digest);
+        // The other algorithms' folders are made with their first blob.
+        let folders = if digest.algorithm() == Algorithm::Sha256 { 1 } else { 2 };
+        for folder in path.ancestors().skip(1).take(folders) {
+            sys::fs::sync_dir(folder).map_err(|error| Error::io("sync folder", folder, &error))?;
+        }
+        Ok(())
+    }
+
+    /// Takes a blob's file out of the store, at the speed of a rename; the path it has then, to be deleted. None when
+    /// there is no file, or when a commit under way has pinned it.
     pub(super) fn take_out(&self, digest: &Digest) -> Result<Option<PathBuf>> {
+        if self.pinned.lock().contains_key(digest) {
+            return Ok(None);
+        }
         let (from, to) = (self.blob_path(digest), self.root.join("removed").join(digest.hex()));
         match std::fs::rename(&from, &to) {
             Ok(()) => Ok(Some(to)),
@@ -243,7 +286,8 @@ impl Ingest {
         let _ = std::fs::write(self.folder.join("updatedat"), show_time(self.status.updated_at));
     }
 
-    /// Checks size and digest and puts the blob in the store, synced; the ingest stays until [`Finished::clean`].
+    /// Checks size and digest, syncs the data and pins the blob, which is then to be published; the ingest stays until
+    /// [`Finished::clean`].
     pub(super) fn finish(mut self, size: u64, expected: Option<&Digest>) -> Result<Finished> {
         if size > 0 && size != self.status.offset {
             return Err(Error::failed_precondition(format!(
@@ -271,29 +315,30 @@ impl Ingest {
             )));
         }
         self.data.sync_all().map_err(|error| Error::io("sync ingest", &self.folder, &error))?;
-        let finished = Finished { digest, size: self.status.offset, ingest: self };
-        finished.publish()?;
-        Ok(finished)
+        let pin = Pin::new(&self.held.store, &digest);
+        Ok(Finished { digest, size: self.status.offset, ingest: self, _pin: pin })
     }
 }
 
-/// A blob in the store whose record has yet to commit.
+/// A whole and verified ingest whose blob's record has yet to commit.
 pub(super) struct Finished {
     pub(super) digest: Digest,
     pub(super) size: u64,
     ingest: Ingest,
+    _pin: Pin,
 }
 
 impl Finished {
-    /// Makes sure that the blob's file is there. Called again within the commit of the record, when a removal may have
-    /// come between; it is there already nearly always.
+    /// Makes sure that the blob's file is in the store and that this is on disk. To be called before the record's commit,
+    /// and again when the commit finds that the file is gone: a removal that had begun before the pin took it.
     pub(super) fn publish(&self) -> Result<()> {
         let Ingest { held, folder, data, .. } = &self.ingest;
         let path = held.store.blob_path(&self.digest);
         let failed = |error: io::Error| Error::io("put a blob into the store at", &path, &error);
         let existing = held.store.blob_size(&self.digest)?;
         if existing == Some(self.size) {
-            return Ok(());
+            // Another writer's, who may not have come to sync its name yet.
+            return held.store.sync_name(&self.digest);
         }
         let parent = path.parent().unwrap_or(&path);
         make_folder(parent)?;
@@ -311,7 +356,7 @@ impl Finished {
                 .and_then(|()| std::fs::rename(&new, &path))
                 .map_err(failed)?;
         }
-        sys::fs::sync_dir(parent).map_err(failed)
+        held.store.sync_name(&self.digest)
     }
 
     /// Removes the ingest, now that a record names the blob.

@@ -388,6 +388,78 @@ async fn commits_and_deletes_of_one_blob_never_lose_its_bytes() {
     assert_eq!(bench.ingests(), 0);
 }
 
+/// Holds the metadata's writer thread; what is queued until the sender is used or dropped is one group with it.
+fn hold(metadata: &Metadata) -> (std::sync::mpsc::Sender<()>, impl Future<Output = Result<()>>) {
+    let (leave, wait) = std::sync::mpsc::channel();
+    let held = metadata.commit(move |_| {
+        let _ = wait.recv();
+        Ok(())
+    });
+    (leave, held)
+}
+
+#[tokio::test]
+async fn a_file_stays_until_its_last_record_is_gone_on_disk() {
+    let bench = Bench::new();
+    let blobs = [bench.put("a", b"one").await.unwrap(), bench.put("a", b"two").await.unwrap()];
+    let other = bench.put("b", b"three").await.unwrap();
+    let (leave, held) = hold(&bench.metadata);
+    let gone = blobs.clone();
+    let delete = bench.metadata.commit(move |txn| {
+        gone.iter().try_for_each(|blob| txn.delete::<BlobRecord>(&["a", blob.as_str()]).map(drop))
+    });
+    let remove = bench.content.remove_unused(vec![blobs[0].clone(), blobs[1].clone(), other.clone()]);
+    let files = blobs.clone().map(|blob| bench.file(&blob));
+    // What a kill would find just before the deletion is on disk.
+    let before = bench.metadata.commit({
+        let files = files.clone();
+        move |_| Ok(files.map(|file| file.exists()))
+    });
+    // Queued in this order, as one group.
+    let go_on = async move { drop(leave) };
+    let (held, deleted, (), before, ()) = tokio::join!(held, delete, remove, before, go_on);
+    held.and(deleted).unwrap();
+    assert_eq!(before.unwrap(), [true, true], "a record on disk names a file that is gone");
+    assert_eq!(files.map(|file| file.exists()), [false, false]);
+    assert!(bench.file(&other).exists());
+}
+
+#[tokio::test]
+async fn a_blob_about_to_be_recorded_is_not_removed() {
+    let bench = Bench::new();
+    let mut writer = bench.content.writer(&context("a"), "ref".into(), 0, None).await.unwrap();
+    writer.write(b"data").unwrap();
+    let blob = digest(b"data");
+    let (leave, held) = hold(&bench.metadata);
+    let file = bench.file(&blob);
+    let meddle = async {
+        while !file.exists() {
+            tokio::task::yield_now().await;
+        }
+        // A removal that had begun before, and one that finds the pin.
+        std::fs::remove_file(&file).unwrap();
+        drop(leave);
+        bench.content.remove_unused(vec![blob.clone()]).await;
+    };
+    let (held, committed, ()) = tokio::join!(held, writer.commit(0, None, Labels::new()), meddle);
+    held.unwrap();
+    assert_eq!(committed.unwrap(), blob);
+    assert_eq!(bench.get("a", &blob, 0, 0).await.unwrap(), b"data");
+
+    // Without a record: the pin alone keeps it, for as long as it is there.
+    let mut writer = bench.content.writer(&context("a"), "ref".into(), 0, None).await.unwrap();
+    writer.write(b"more").unwrap();
+    let Data::Own(ingest) = writer.data else { panic!("shared") };
+    let finished = ingest.finish(0, None).unwrap();
+    finished.publish().unwrap();
+    let blob = finished.digest.clone();
+    bench.content.remove_unused(vec![blob.clone()]).await;
+    assert!(bench.file(&blob).exists());
+    drop(finished);
+    bench.content.remove_unused(vec![blob.clone()]).await;
+    assert!(!bench.file(&blob).exists());
+}
+
 #[tokio::test]
 async fn a_commit_cut_off_before_its_record_is_gone_on_with() {
     let bench = Bench::new();
