@@ -14,7 +14,8 @@
 //! Invariants: a record commits after its blob, and the blob's name in its folder, are on disk. A blob's file goes after
 //! the last record that names it is gone, on disk as well. That a file is there, and that nobody needs it, is looked at on
 //! the metadata's writer thread, so a commit and a removal of the same blob cannot cross. One writer at a time has an
-//! ingest.
+//! ingest; only those who would commit another namespace's blob as it is may be several. A ref is reused, a key never: a
+//! writer touches the ref's record only while that has the writer's key.
 
 mod session;
 mod store;
@@ -35,7 +36,7 @@ use proto::containerd::events::{ContentCreate, ContentDelete};
 use proto::containerd::services::content::v1::{Info, Status};
 
 pub use session::Session;
-use store::{Finished, Ingest, Store};
+use store::{Finished, Held, Ingest, Store};
 
 use crate::context::{Namespace, RequestContext};
 use crate::error::{Error, Result, blocking, outlive};
@@ -71,8 +72,8 @@ pub struct Writer {
     context: RequestContext,
     namespace: Namespace,
     reference: String,
-    key: String,
     data: Data,
+    held: Held,
 }
 
 /// Where the bytes of an ingest are.
@@ -88,8 +89,27 @@ enum Data {
 
 enum Opened {
     Exists,
-    Shared { key: String, digest: Digest, size: u64 },
-    Own { key: String },
+    Ingest {
+        held: Held,
+        /// Another namespace's blob, which is what the ingest is to be.
+        shared: Option<(Digest, u64)>,
+        /// The blob that it was to be before, and is not any more.
+        released: Option<Digest>,
+    },
+}
+
+/// What became of a commit.
+enum Recorded {
+    /// The namespace has a record now, or had one already.
+    Done {
+        existed: bool,
+        /// The blob that the ingest was to be when it was opened, and did not become.
+        released: Option<Digest>,
+    },
+    /// The ingest is not this writer's any more.
+    Aborted,
+    /// The blob's file is not there.
+    Gone,
 }
 
 impl Content {
@@ -298,24 +318,35 @@ impl Content {
 
     /// Throws an ingest away; NotFound when there is none.
     pub async fn abort(&self, context: &RequestContext, reference: String) -> Result<()> {
+        self.abort_ingest(context, reference, None).await
+    }
+
+    /// The same for the ingest of this key alone, and not for one that has come to have its ref.
+    async fn abort_ingest(
+        &self,
+        context: &RequestContext,
+        reference: String,
+        key: Option<String>,
+    ) -> Result<()> {
         let namespace = context.namespace()?.clone();
         let (this, context) = (self.clone(), context.clone());
         outlive(async move {
             let record = this
                 .metadata
                 .commit(move |txn| {
-                    let key = [namespace.as_str(), &reference];
-                    let record = txn.get::<IngestRecord>(&key)?.ok_or_else(|| missing_ingest(&reference))?;
-                    txn.delete::<IngestRecord>(&key)?;
+                    let parts = [namespace.as_str(), &reference];
+                    let record = txn
+                        .get::<IngestRecord>(&parts)?
+                        .filter(|record| key.as_ref().is_none_or(|key| record.key == *key))
+                        .ok_or_else(|| missing_ingest(&reference))?;
+                    txn.delete::<IngestRecord>(&parts)?;
                     leave_lease(txn, &context, leases::INGESTS, &reference)?;
                     Ok(record)
                 })
                 .await?;
-            let store = this.store.clone();
+            let (store, released) = (this.store.clone(), shared_blob(&record));
             blocking(move || store.remove_ingest(&record.key)).await?;
-            if let Ok(digest) = record.shared.parse::<Digest>() {
-                this.remove_unused(vec![digest]).await;
-            }
+            this.remove_unused(released.into_iter().collect()).await;
             Ok(())
         })
         .await
@@ -357,71 +388,83 @@ impl Content {
         outlive(async move {
             let algorithm = expected.as_ref().map_or(Algorithm::Sha256, Digest::algorithm);
             let opened = {
-                let (this, namespace, reference) = (this.clone(), namespace.clone(), reference.clone());
+                let (store, sequence) = (this.store.clone(), this.sequence.clone());
+                let (namespace, reference) = (namespace.clone(), reference.clone());
                 let (context, expected) = (context.clone(), expected.clone());
-                this.metadata
-                    .clone()
-                    .commit(move |txn| {
-                        this.open_ingest(txn, &context, &namespace, &reference, total, expected)
-                    })
-                    .await?
+                let open = move |txn: &mut Transaction| {
+                    open_ingest(&store, &sequence, txn, &context, &namespace, &reference, total, expected)
+                };
+                this.metadata.commit(open).await?
             };
-            let (key, data) = match opened {
+            let (held, shared, released) = match opened {
                 Opened::Exists => {
                     let digest = expected.map(|digest| digest.to_string()).unwrap_or_default();
                     return Err(Error::already_exists(format!("blob {digest} exists already")));
                 }
-                Opened::Shared { key, digest, size } => {
-                    (key, Data::Shared { digest, size, started_at: SystemTime::now() })
-                }
-                Opened::Own { key } => {
-                    let (store, ingest) = (this.store.clone(), key.clone());
-                    let data = blocking(move || store.writer(&ingest, total, algorithm)).await?;
-                    (key, Data::Own(Box::new(data)))
+                Opened::Ingest { held, shared, released } => (held, shared, released),
+            };
+            this.remove_unused(released.into_iter().collect()).await;
+            let (held, data) = match shared {
+                Some((digest, size)) => (held, Data::Shared { digest, size, started_at: SystemTime::now() }),
+                None => {
+                    let store = this.store.clone();
+                    blocking(move || {
+                        let data = store.writer(&held, total, algorithm)?;
+                        Ok((held, Data::Own(Box::new(data))))
+                    })
+                    .await?
                 }
             };
-            Ok(Writer { content: this, context, namespace, reference, key, data })
+            Ok(Writer { content: this, context, namespace, reference, data, held })
         })
         .await
     }
+}
 
-    fn open_ingest(
-        &self,
-        txn: &mut Transaction,
-        context: &RequestContext,
-        namespace: &Namespace,
-        reference: &str,
-        total: u64,
-        expected: Option<Digest>,
-    ) -> Result<Opened> {
-        let mut shared = None;
-        if let Some(digest) = expected {
-            if txn.has::<BlobRecord>(&[namespace.as_str(), digest.as_str()])? {
-                leases::join(txn, context, leases::CONTENT, digest.as_str())?;
-                return Ok(Opened::Exists);
-            }
-            let size = self.store.blob_size(&digest)?;
-            shared = size.filter(|size| total == 0 || total == *size).map(|size| (digest, size));
+/// Within a commit: opens or makes the record of an ingest, and takes hold of it.
+#[allow(clippy::too_many_arguments, reason = "of one caller, whose arguments they are")]
+fn open_ingest(
+    store: &Store,
+    sequence: &AtomicU64,
+    txn: &mut Transaction,
+    context: &RequestContext,
+    namespace: &Namespace,
+    reference: &str,
+    total: u64,
+    expected: Option<Digest>,
+) -> Result<Opened> {
+    let mut shared = None;
+    if let Some(digest) = expected {
+        if txn.has::<BlobRecord>(&[namespace.as_str(), digest.as_str()])? {
+            leases::join(txn, context, leases::CONTENT, digest.as_str())?;
+            return Ok(Opened::Exists);
         }
-        let now = SystemTime::now();
-        let before = txn.get::<IngestRecord>(&[namespace.as_str(), reference])?;
-        let mut record = before.unwrap_or_else(|| {
-            let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
-            IngestRecord {
-                key: format!("{namespace}/{sequence}/{reference}"),
-                started_at: Some(now.into()),
-                ..IngestRecord::default()
-            }
-        });
-        leases::join(txn, context, leases::INGESTS, reference)?;
-        record.expires_at = context.lease().is_none().then(|| (now + INGEST_LIFE).into());
-        record.shared = shared.as_ref().map(|(digest, _)| digest.to_string()).unwrap_or_default();
-        txn.put(&[namespace.as_str(), reference], &record)?;
-        Ok(match shared {
-            Some((digest, size)) => Opened::Shared { key: record.key, digest, size },
-            None => Opened::Own { key: record.key },
-        })
+        let size = store.blob_size(&digest)?;
+        shared = size.filter(|size| total == 0 || total == *size).map(|size| (digest, size));
     }
+    let now = SystemTime::now();
+    let before = txn.get::<IngestRecord>(&[namespace.as_str(), reference])?;
+    let mut record = before.unwrap_or_else(|| {
+        let sequence = sequence.fetch_add(1, Ordering::Relaxed);
+        IngestRecord {
+            key: format!("{namespace}/{sequence}/{reference}"),
+            started_at: Some(now.into()),
+            ..IngestRecord::default()
+        }
+    });
+    let held = store.hold(&record.key, shared.is_some())?;
+    leases::join(txn, context, leases::INGESTS, reference)?;
+    record.expires_at = context.lease().is_none().then(|| (now + INGEST_LIFE).into());
+    let released =
+        shared_blob(&record).filter(|blob| shared.as_ref().is_none_or(|(digest, _)| digest != blob));
+    record.shared = shared.as_ref().map(|(digest, _)| digest.to_string()).unwrap_or_default();
+    txn.put(&[namespace.as_str(), reference], &record)?;
+    Ok(Opened::Ingest { held, shared, released })
+}
+
+/// The blob of another namespace that an ingest is to be.
+fn shared_blob(ingest: &IngestRecord) -> Option<Digest> {
+    ingest.shared.parse().ok()
 }
 
 /// Blobs that nobody needs any more.
@@ -534,7 +577,8 @@ impl Writer {
     fn own(&mut self, copy: bool) -> Result<&mut Ingest> {
         if let Data::Shared { digest, .. } = &self.data {
             let store = &self.content.store;
-            let mut ingest = store.writer(&self.key, 0, digest.algorithm())?;
+            self.held.write()?;
+            let mut ingest = store.writer(&self.held, 0, digest.algorithm())?;
             ingest.truncate()?;
             if copy {
                 let path = store.blob_path(digest);
@@ -565,7 +609,7 @@ impl Writer {
     }
 
     async fn commit_now(self, size: u64, expected: Option<Digest>, labels: Labels) -> Result<Digest> {
-        let Writer { content, context, namespace, reference, data, .. } = self;
+        let Writer { content, context, namespace, reference, data, held } = self;
         let (digest, size, mut finished) = match data {
             Data::Own(ingest) => {
                 let finished = blocking(move || ingest.finish(size, expected.as_ref())).await?;
@@ -580,26 +624,32 @@ impl Writer {
                 (digest, have, None)
             }
         };
-        let blob = (digest.clone(), size);
-        let committed =
-            content.publish_and_record(&mut finished, blob, &context, &namespace, &reference, labels).await;
-        let exists = match committed {
-            Ok(exists) => exists,
+        let record = Recording { context, namespace, reference, key: held.key.clone(), digest, size, labels };
+        let recorded = content.publish_and_record(&mut finished, &record).await;
+        // The pin goes before anything is looked at for removal.
+        drop(finished);
+        let Recording { namespace, reference, digest, .. } = record;
+        let (existed, released) = match recorded {
+            Ok(Recorded::Done { existed, released }) => (existed, released),
+            Ok(Recorded::Aborted) => {
+                content.end_ingest(held).await;
+                content.remove_unused(vec![digest]).await;
+                return Err(missing_ingest(&reference).context("it was aborted before its commit"));
+            }
+            Ok(Recorded::Gone) => {
+                return Err(Error::failed_precondition(format!(
+                    "blob {digest} was removed meanwhile; abort the ingest and write it anew"
+                )));
+            }
             Err(error) => {
                 // The ingest still has the data; the store shall not have a blob that nobody knows.
-                drop(finished);
                 content.remove_unused(vec![digest]).await;
                 return Err(error);
             }
         };
-        if let Some(finished) = finished {
-            blocking(move || {
-                finished.clean();
-                Ok(())
-            })
-            .await?;
-        }
-        if exists {
+        content.end_ingest(held).await;
+        content.remove_unused(released.into_iter().collect()).await;
+        if existed {
             return Err(Error::already_exists(format!("blob {digest} exists already")));
         }
         let event =
@@ -609,58 +659,78 @@ impl Writer {
     }
 }
 
+/// A blob about to be recorded.
+#[derive(Clone)]
+struct Recording {
+    context: RequestContext,
+    namespace: Namespace,
+    reference: String,
+    /// The ingest's.
+    key: String,
+    digest: Digest,
+    size: u64,
+    labels: Labels,
+}
+
+impl Recording {
+    /// Within a commit: makes the blob's record, if its file is there, and ends the ingest.
+    fn write(self, store: &Store, txn: &mut Transaction) -> Result<Recorded> {
+        let Recording { context, namespace, reference, key, digest, size, labels } = self;
+        let (ingest, blob) = ([namespace.as_str(), &reference], [namespace.as_str(), digest.as_str()]);
+        let ours = txn.get::<IngestRecord>(&ingest)?.filter(|record| record.key == key);
+        let existed = txn.has::<BlobRecord>(&blob)?;
+        if !existed {
+            if ours.is_none() {
+                return Ok(Recorded::Aborted);
+            }
+            if store.blob_size(&digest)? != Some(size) {
+                return Ok(Recorded::Gone);
+            }
+            let now = Some(SystemTime::now().into());
+            txn.put(&blob, &BlobRecord { size: signed(size), created_at: now, updated_at: now, labels })?;
+        }
+        if ours.is_some() {
+            txn.delete::<IngestRecord>(&ingest)?;
+            leave_lease(txn, &context, leases::INGESTS, &reference)?;
+        }
+        leases::join(txn, &context, leases::CONTENT, digest.as_str())?;
+        let released = ours.as_ref().and_then(shared_blob).filter(|blob| *blob != digest);
+        Ok(Recorded::Done { existed, released })
+    }
+}
+
 impl Content {
-    /// Brings a blob's file to disk and then its record; whether the namespace has the blob already.
+    /// Brings a blob's file to disk, and then its record.
     async fn publish_and_record(
         &self,
         finished: &mut Option<Finished>,
-        (digest, size): (Digest, u64),
-        context: &RequestContext,
-        namespace: &Namespace,
-        reference: &str,
-        labels: Labels,
-    ) -> Result<bool> {
+        record: &Recording,
+    ) -> Result<Recorded> {
         loop {
-            let (own, store, blob) = (finished.take(), self.store.clone(), digest.clone());
+            let (own, store, digest) = (finished.take(), self.store.clone(), record.digest.clone());
             *finished = blocking(move || {
                 match &own {
                     Some(finished) => finished.publish()?,
-                    None => store.sync_name(&blob)?,
+                    None => store.sync_name(&digest)?,
                 }
                 Ok(own)
             })
             .await?;
-            let (store, digest, context) = (self.store.clone(), digest.clone(), context.clone());
-            let (namespace, reference, labels) = (namespace.clone(), reference.to_owned(), labels.clone());
-            let recorded = self.metadata.commit(move |txn| {
-                if !txn.has::<IngestRecord>(&[namespace.as_str(), &reference])? {
-                    return Err(missing_ingest(&reference).context("it was aborted before its commit"));
-                }
-                if store.blob_size(&digest)? != Some(size) {
-                    return Ok(None);
-                }
-                let key = [namespace.as_str(), digest.as_str()];
-                let exists = txn.has::<BlobRecord>(&key)?;
-                if !exists {
-                    let now = Some(SystemTime::now().into());
-                    let size = signed(size);
-                    txn.put(&key, &BlobRecord { size, created_at: now, updated_at: now, labels })?;
-                }
-                txn.delete::<IngestRecord>(&[namespace.as_str(), &reference])?;
-                leave_lease(txn, &context, leases::INGESTS, &reference)?;
-                leases::join(txn, &context, leases::CONTENT, digest.as_str())?;
-                Ok(Some(exists))
-            });
-            match recorded.await? {
-                Some(exists) => return Ok(exists),
+            let (store, record) = (self.store.clone(), record.clone());
+            match self.metadata.commit(move |txn| record.write(&store, txn)).await? {
                 // A removal that had begun before the pin took the file; there can be no other now.
-                None if finished.is_some() => {}
-                None => {
-                    return Err(Error::failed_precondition(
-                        "the blob was removed meanwhile; abort the ingest and write it anew",
-                    ));
-                }
+                Recorded::Gone if finished.is_some() => {}
+                recorded => return Ok(recorded),
             }
+        }
+    }
+
+    /// Removes what an ingest without a record has on disk: its own data, or what it had before it was to be a blob of
+    /// another namespace.
+    async fn end_ingest(&self, held: Held) {
+        let store = self.store.clone();
+        if let Err(error) = blocking(move || store.remove_ingest(&held.key)).await {
+            tracing::warn!(%error, "an ingest that is over stays until the next start");
         }
     }
 }

@@ -326,6 +326,98 @@ async fn namespaces_share_bytes_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn clients_that_share_a_ref_and_a_blob_all_end_well() {
+    let bench = Bench::new();
+    let blob = bench.put("a", b"data").await.unwrap();
+    let mut expecting = stat("ref");
+    expecting.expected = blob.to_string();
+    let leased = bench.lease("b", "l").await;
+    let mut first = bench.session("b");
+    let mut second = Session::new(bench.content.clone(), leased);
+    let mut third = bench.session("b");
+    for session in [&mut first, &mut second, &mut third] {
+        session.step(expecting.clone()).await.unwrap();
+    }
+    // Who would write has to have it alone.
+    assert_eq!(class(bench.session("b").step(stat("ref")).await), "unavailable");
+    assert_eq!(class(third.step(write("ref", 4, b"more", WriteAction::Write)).await), "unavailable");
+    let commit = write("ref", 4, b"", WriteAction::Commit);
+    first.step(commit.clone()).await.unwrap();
+    assert_eq!(class(second.step(commit).await), "already exists");
+    assert!(bench.leased("b", "l").contains(&format!("content {blob}")));
+    assert_eq!(bench.ingests(), 0);
+}
+
+#[tokio::test]
+async fn what_is_written_is_not_opened_as_shared() {
+    let bench = Bench::new();
+    let blob = bench.put("a", b"data").await.unwrap();
+    let mut expecting = stat("ref");
+    expecting.expected = blob.to_string();
+    let mut own = bench.session("b");
+    own.step(write("ref", 0, b"part", WriteAction::Write)).await.unwrap();
+    assert_eq!(class(bench.session("b").step(expecting.clone()).await), "unavailable");
+    let record = bench.metadata.view().get::<IngestRecord>(&["b", "ref"]).unwrap().unwrap();
+    assert_eq!(record.shared, "", "who is refused changes nothing");
+    own.end().await;
+
+    // Then it is, and what it had is of no use any more.
+    let mut session = bench.session("b");
+    assert_eq!(session.step(expecting).await.unwrap().offset, 4);
+    session.step(write("ref", 4, b"", WriteAction::Commit)).await.unwrap();
+    assert_eq!(bench.ingests(), 0);
+    assert_eq!(bench.get("b", &blob, 0, 0).await.unwrap(), b"data");
+}
+
+#[tokio::test]
+async fn a_shared_blob_goes_with_the_last_ingest_that_would_be_it() {
+    let bench = Bench::new();
+    for (reference, bytes) in [("reopened", b"1"), ("rewritten", b"2")] {
+        let blob = bench.put("a", bytes).await.unwrap();
+        let b = context("b");
+        let open = |expected| bench.content.writer(&b, reference.into(), 0, expected);
+        let mut writer = open(Some(blob.clone())).await.unwrap();
+        bench.content.delete(&context("a"), blob.clone()).await.unwrap();
+        assert!(bench.file(&blob).exists());
+        if reference == "rewritten" {
+            writer.write(b"!").unwrap();
+            writer.commit(0, None, Labels::new()).await.unwrap();
+        } else {
+            drop(writer);
+            open(None).await.unwrap();
+        }
+        assert!(!bench.file(&blob).exists(), "{reference}");
+    }
+}
+
+#[tokio::test]
+async fn a_writer_whose_ingest_was_aborted_leaves_the_next_one_alone() {
+    let bench = Bench::new();
+    let mut old = bench.session("a");
+    old.step(write("ref", 0, b"old", WriteAction::Write)).await.unwrap();
+    let mut full = bench.session("a");
+    full.step(write("full", 0, b"old", WriteAction::Write)).await.unwrap();
+    for reference in ["ref", "full"] {
+        bench.content.abort(&context("a"), reference.into()).await.unwrap();
+    }
+    let mut new = bench.session("a");
+    new.step(write("ref", 0, b"new", WriteAction::Write)).await.unwrap();
+    bench.session("a").step(write("full", 0, b"new", WriteAction::Write)).await.unwrap();
+
+    // Its data is there in another namespace, so that it gets as far as the record.
+    bench.put("b", b"old").await.unwrap();
+    assert_eq!(class(old.step(write("ref", 3, b"", WriteAction::Commit)).await), "not found");
+    assert_eq!(bench.content.list(&context("a"), &[]).unwrap().len(), 0);
+    new.step(write("ref", 3, b"", WriteAction::Commit)).await.unwrap();
+
+    // It gives up its ingest, which is none any more.
+    let mut request = stat("full");
+    request.expected = digest(b"new").to_string();
+    assert_eq!(class(full.step(request).await), "already exists");
+    assert_eq!(bench.content.status(&context("a"), "full").await.unwrap().offset, 3);
+}
+
+#[tokio::test]
 async fn racing_writers_of_one_blob_all_end_well() {
     let bench = Bench::new();
     let bytes = vec![7; 500_000];
