@@ -113,34 +113,55 @@ enum Recorded {
 }
 
 impl Content {
-    /// Opens the store under `root` and tidies up: ingests whose time is over, and files that no record knows. Blocks.
+    /// Opens the store under `root` and tidies up: ingests whose time is over, and ingests that no record knows. Blocks.
     pub fn open(root: &Path, metadata: Metadata, events: Exchange) -> Result<Self> {
         let store = Store::open(root)?;
         let ingests = metadata.view().list::<IngestRecord>(&[]);
-        let highest = ingests.iter().filter_map(|(_, ingest)| sequence_of(&ingest.key)).max().unwrap_or(0);
+        let folders = store.ingests()?;
+        // Past what is on disk, too: what could not be removed must not become another ingest's beginning.
+        let keys = ingests.iter().map(|(_, ingest)| &ingest.key);
+        let keys = keys.chain(folders.iter().filter_map(|(_, key)| key.as_ref()));
+        let highest = keys.filter_map(|key| sequence_of(key)).max().unwrap_or(0);
         let content = Content { metadata, events, store, sequence: Arc::new(AtomicU64::new(highest + 1)) };
-        content.tidy(ingests)?;
+        content.tidy(ingests, folders)?;
         Ok(content)
     }
 
-    fn tidy(&self, ingests: Vec<(Vec<String>, IngestRecord)>) -> Result<()> {
+    /// What cannot be looked at or removed is left with a line in the log: the engine starts all the same.
+    ///
+    /// Files of blobs that no record names stay: the folder may be one that containerd has filled, opened with metadata
+    /// that know nothing of it yet.
+    fn tidy(
+        &self,
+        ingests: Vec<(Vec<String>, IngestRecord)>,
+        folders: Vec<(PathBuf, Option<String>)>,
+    ) -> Result<()> {
         let now = SystemTime::now();
-        let mut over = Vec::new();
-        let mut known = std::collections::HashSet::new();
+        let (mut over, mut released) = (Vec::new(), Vec::new());
+        let mut known = HashSet::new();
         for (parts, ingest) in ingests {
             let expired = ingest
                 .expires_at
                 .is_some_and(|time| SystemTime::try_from(time).is_ok_and(|time| time <= now));
-            if expired || (ingest.shared.is_empty() && self.store.status(&ingest.key)?.is_none()) {
+            let lost = ingest.shared.is_empty()
+                && self.store.status(&ingest.key).map_or_else(
+                    |error| {
+                        tracing::warn!(%error, "an ingest cannot be looked at and is kept");
+                        false
+                    },
+                    |status| status.is_none(),
+                );
+            if expired || lost {
                 over.push(parts);
+                released.extend(shared_blob(&ingest));
             } else {
-                known.insert(ingest.key);
+                known.insert(self.store.ingest_folder(&ingest.key));
             }
         }
-        for (folder, key) in self.store.ingests()? {
-            if !key.is_some_and(|key| known.contains(&key)) {
-                tracing::info!(folder = %folder.display(), "removing an ingest that is over");
-                sys::fs::remove_tree(&folder).map_err(|error| Error::io("remove ingest", &folder, &error))?;
+        for (folder, _) in folders.into_iter().filter(|(folder, _)| !known.contains(folder)) {
+            tracing::info!(folder = %folder.display(), "removing an ingest that is over");
+            if let Err(error) = sys::fs::remove_tree(&folder) {
+                tracing::warn!(folder = %folder.display(), %error, "an ingest that is over stays");
             }
         }
         if over.is_empty() {
@@ -152,7 +173,11 @@ impl Content {
                 txn.delete::<IngestRecord>(&parts)?;
             }
             Ok(())
-        })
+        })?;
+        let store = self.store.clone();
+        let unused = self.metadata.commit_blocking(move |txn| take_unused(&store, txn, &released))?;
+        remove_taken(&unused.taken);
+        Ok(())
     }
 
     /// One blob; NotFound when this namespace has none of this digest.

@@ -136,10 +136,12 @@ impl Drop for Pin {
 }
 
 impl Store {
-    /// Opens or makes the folders, and removes what an earlier run was about to remove.
+    /// Opens or makes the folders, and removes what an earlier run was about to remove, as far as that can be done.
     pub(super) fn open(root: &Path) -> Result<Self> {
         let removed = root.join("removed");
-        sys::fs::remove_tree(&removed).map_err(|error| Error::io("remove", &removed, &error))?;
+        if let Err(error) = sys::fs::remove_tree(&removed) {
+            tracing::warn!(folder = %removed.display(), %error, "files of deleted blobs stay until the next start");
+        }
         for folder in [root, &root.join("blobs"), &root.join("blobs/sha256"), &root.join("ingest"), &removed]
         {
             make_folder(folder)?;
@@ -189,7 +191,7 @@ impl Store {
         }
     }
 
-    fn ingest_folder(&self, key: &str) -> PathBuf {
+    pub(super) fn ingest_folder(&self, key: &str) -> PathBuf {
         self.root.join("ingest").join(Digest::sha256_of(key.as_bytes()).hex())
     }
 

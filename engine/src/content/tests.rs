@@ -613,6 +613,41 @@ async fn the_start_tidies_up() {
 }
 
 #[tokio::test]
+async fn the_start_goes_on_past_what_is_damaged() {
+    let bench = Bench::new();
+    bench.session("a").step(write("bad", 0, b"x", WriteAction::Write)).await.unwrap();
+    bench.session("a").step(write("good", 0, b"x", WriteAction::Write)).await.unwrap();
+    let shared = bench.put("b", b"data").await.unwrap();
+    let mut expecting = stat("expired");
+    expecting.expected = shared.to_string();
+    bench.session("a").step(expecting).await.unwrap();
+    bench.content.delete(&context("b"), shared.clone()).await.unwrap();
+    bench
+        .metadata
+        .commit(|txn| {
+            let mut record = txn.get::<IngestRecord>(&["a", "expired"])?.unwrap();
+            record.expires_at = Some(SystemTime::UNIX_EPOCH.into());
+            txn.put(&["a", "expired"], &record)
+        })
+        .await
+        .unwrap();
+    // Its data cannot be looked at: the link leads to itself.
+    let bad = bench.metadata.view().get::<IngestRecord>(&["a", "bad"]).unwrap().unwrap();
+    let data = bench.content.store.ingest_folder(&bad.key).join("data");
+    std::fs::remove_file(&data).unwrap();
+    std::os::unix::fs::symlink("data", &data).unwrap();
+    let orphan = bench.file(&digest(b"orphan"));
+    std::fs::write(&orphan, "orphan").unwrap();
+    let bench = bench.restart();
+    assert_eq!(bench.session("a").step(stat("good")).await.unwrap().offset, 1);
+    assert!(orphan.exists(), "it may be containerd's");
+    assert!(!bench.file(&shared).exists(), "it was kept for an ingest that is over");
+    // It is there to be thrown away.
+    bench.content.abort(&context("a"), "bad".into()).await.unwrap();
+    assert_eq!(bench.ingests(), 1);
+}
+
+#[tokio::test]
 async fn the_layout_is_containerds() {
     let bench = Bench::new();
     let mut request = write("layer/x", 0, b"abc", WriteAction::Write);
