@@ -53,7 +53,8 @@ type Map = imbl::OrdMap<Arc<[u8]>, Arc<[u8]>>;
 pub trait Record: prost::Message + Default {
     /// The first part of the key of every record of this kind.
     const TABLE: &'static str;
-    /// Whether the part after the table is a namespace, which comes to be with its first record.
+    /// Whether the part after the table is a namespace, which comes to be with its first record, and with which all of its
+    /// records go. Keys of a table that is not have one part.
     const NAMESPACED: bool = true;
 }
 
@@ -171,6 +172,29 @@ impl Transaction {
             .map(|(key, _)| key.clone())
             .take_while(|key| key.starts_with(&prefix))
             .collect();
+        for key in keys {
+            self.map.remove(&key);
+            self.writes.push((key, None));
+        }
+        Ok(())
+    }
+
+    /// Deletes every record of a namespace, of whatever table, but not that of the namespace itself.
+    pub fn delete_namespace(&mut self, namespace: &str) -> Result<()> {
+        let mut keys = Vec::new();
+        let mut after = Vec::new();
+        // From table to table: 0x01 follows the 0x00 that ends a table's name.
+        while let Some((key, _)) = self.map.range::<_, [u8]>(from(&after)).next() {
+            let end = key.iter().position(|byte| *byte == 0).unwrap_or(key.len());
+            let mut prefix = key[..end].to_vec();
+            after.clone_from(&prefix);
+            after.push(1);
+            prefix.push(0);
+            prefix.extend_from_slice(namespace.as_bytes());
+            prefix.push(0);
+            let records = self.map.range::<_, [u8]>(from(&prefix)).map(|(key, _)| key.clone());
+            keys.extend(records.take_while(|key| key.starts_with(&prefix)));
+        }
         for key in keys {
             self.map.remove(&key);
             self.writes.push((key, None));
