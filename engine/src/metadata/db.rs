@@ -24,6 +24,8 @@ const CACHE_BYTES: u64 = 16 << 20;
 /// The most closures that share one sync.
 const GROUP_MAX: usize = 256;
 
+/// How long our own lock may outlive its file: a program that is being started has copies of all files until its exec.
+const FORK_LIMIT: Duration = Duration::from_millis(500);
 /// How long sled may take to let go of a database that was dropped.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -326,10 +328,16 @@ impl Disk {
             .write(true)
             .open(&lock_path)
             .map_err(io("open", &lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => return Err(OpenError::InUse(dir.to_owned())),
-            Err(fs::TryLockError::Error(source)) => return Err(io("lock", &lock_path)(source)),
+        let deadline = Instant::now() + FORK_LIMIT;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                Err(fs::TryLockError::WouldBlock) => return Err(OpenError::InUse(dir.to_owned())),
+                Err(fs::TryLockError::Error(source)) => return Err(io("lock", &lock_path)(source)),
+            }
         }
         let path = dir.join("sled");
         for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
