@@ -11,17 +11,20 @@
 //! The bytes of a blob are stored once for all namespaces; each namespace has a record of those it has. A namespace that
 //! opens an ingest for a digest which another has gets an ingest that is complete already, and need only commit it.
 //!
-//! Invariants: a record commits after its blob is synced. A blob's file goes after the last record that names it is gone;
-//! both are decided on the metadata's writer thread, so a commit and a removal of the same blob cannot cross. One writer at
-//! a time has an ingest.
+//! Invariants: a record commits after its blob, and the blob's name in its folder, are on disk. A blob's file goes after
+//! the last record that names it is gone, on disk as well. That a file is there, and that nobody needs it, is looked at on
+//! the metadata's writer thread, so a commit and a removal of the same blob cannot cross. One writer at a time has an
+//! ingest; only those who would commit another namespace's blob as it is may be several. A ref is reused, a key never: a
+//! writer touches the ref's record only while that has the writer's key.
 
 mod session;
 mod store;
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -33,7 +36,7 @@ use proto::containerd::events::{ContentCreate, ContentDelete};
 use proto::containerd::services::content::v1::{Info, Status};
 
 pub use session::Session;
-use store::{Finished, Ingest, Store};
+use store::{Finished, Held, Ingest, Store};
 
 use crate::context::{Namespace, RequestContext};
 use crate::error::{Error, Result, blocking, outlive};
@@ -69,8 +72,8 @@ pub struct Writer {
     context: RequestContext,
     namespace: Namespace,
     reference: String,
-    key: String,
     data: Data,
+    held: Held,
 }
 
 /// Where the bytes of an ingest are.
@@ -86,39 +89,79 @@ enum Data {
 
 enum Opened {
     Exists,
-    Shared { key: String, digest: Digest, size: u64 },
-    Own { key: String },
+    Ingest {
+        held: Held,
+        /// Another namespace's blob, which is what the ingest is to be.
+        shared: Option<(Digest, u64)>,
+        /// The blob that it was to be before, and is not any more.
+        released: Option<Digest>,
+    },
+}
+
+/// What became of a commit.
+enum Recorded {
+    /// The namespace has a record now, or had one already.
+    Done {
+        existed: bool,
+        /// The blob that the ingest was to be when it was opened, and did not become.
+        released: Option<Digest>,
+    },
+    /// The ingest is not this writer's any more.
+    Aborted,
+    /// The blob's file is not there.
+    Gone,
 }
 
 impl Content {
-    /// Opens the store under `root` and tidies up: ingests whose time is over, and files that no record knows. Blocks.
+    /// Opens the store under `root` and tidies up: ingests whose time is over, and ingests that no record knows. Blocks.
     pub fn open(root: &Path, metadata: Metadata, events: Exchange) -> Result<Self> {
         let store = Store::open(root)?;
         let ingests = metadata.view().list::<IngestRecord>(&[]);
-        let highest = ingests.iter().filter_map(|(_, ingest)| sequence_of(&ingest.key)).max().unwrap_or(0);
+        let folders = store.ingests()?;
+        // Past what is on disk, too: what could not be removed must not become another ingest's beginning.
+        let keys = ingests.iter().map(|(_, ingest)| &ingest.key);
+        let keys = keys.chain(folders.iter().filter_map(|(_, key)| key.as_ref()));
+        let highest = keys.filter_map(|key| sequence_of(key)).max().unwrap_or(0);
         let content = Content { metadata, events, store, sequence: Arc::new(AtomicU64::new(highest + 1)) };
-        content.tidy(ingests)?;
+        content.tidy(ingests, folders)?;
         Ok(content)
     }
 
-    fn tidy(&self, ingests: Vec<(Vec<String>, IngestRecord)>) -> Result<()> {
+    /// What cannot be looked at or removed is left with a line in the log: the engine starts all the same.
+    ///
+    /// Files of blobs that no record names stay: the folder may be one that containerd has filled, opened with metadata
+    /// that know nothing of it yet.
+    fn tidy(
+        &self,
+        ingests: Vec<(Vec<String>, IngestRecord)>,
+        folders: Vec<(PathBuf, Option<String>)>,
+    ) -> Result<()> {
         let now = SystemTime::now();
-        let mut over = Vec::new();
-        let mut known = std::collections::HashSet::new();
+        let (mut over, mut released) = (Vec::new(), Vec::new());
+        let mut known = HashSet::new();
         for (parts, ingest) in ingests {
             let expired = ingest
                 .expires_at
                 .is_some_and(|time| SystemTime::try_from(time).is_ok_and(|time| time <= now));
-            if expired || (ingest.shared.is_empty() && self.store.status(&ingest.key)?.is_none()) {
+            let lost = ingest.shared.is_empty()
+                && self.store.status(&ingest.key).map_or_else(
+                    |error| {
+                        tracing::warn!(%error, "an ingest cannot be looked at and is kept");
+                        false
+                    },
+                    |status| status.is_none(),
+                );
+            if expired || lost {
                 over.push(parts);
+                released.extend(shared_blob(&ingest));
             } else {
-                known.insert(ingest.key);
+                known.insert(self.store.ingest_folder(&ingest.key));
             }
         }
-        for (folder, key) in self.store.ingests()? {
-            if !key.is_some_and(|key| known.contains(&key)) {
-                tracing::info!(folder = %folder.display(), "removing an ingest that is over");
-                sys::fs::remove_tree(&folder).map_err(|error| Error::io("remove ingest", &folder, &error))?;
+        for (folder, _) in folders.into_iter().filter(|(folder, _)| !known.contains(folder)) {
+            tracing::info!(folder = %folder.display(), "removing an ingest that is over");
+            if let Err(error) = sys::fs::remove_tree(&folder) {
+                tracing::warn!(folder = %folder.display(), %error, "an ingest that is over stays");
             }
         }
         if over.is_empty() {
@@ -130,7 +173,11 @@ impl Content {
                 txn.delete::<IngestRecord>(&parts)?;
             }
             Ok(())
-        })
+        })?;
+        let store = self.store.clone();
+        let unused = self.metadata.commit_blocking(move |txn| take_unused(&store, txn, &released))?;
+        remove_taken(&unused.taken);
+        Ok(())
     }
 
     /// One blob; NotFound when this namespace has none of this digest.
@@ -187,40 +234,35 @@ impl Content {
                 })
                 .await?;
             this.events.publish(&namespace, "/content/delete", &ContentDelete { digest: digest.to_string() });
-            this.remove_unused(digest).await;
+            this.remove_unused(vec![digest]).await;
             Ok(())
         })
         .await
     }
 
-    /// Removes the file of a blob that no record names. That nobody needs it holds on the metadata's writer thread, so
-    /// that is where it is taken out of the store.
-    async fn remove_unused(&self, digest: Digest) {
-        let store = self.store.clone();
-        let taken = self.metadata.commit(move |txn| {
-            let namespaces = txn.list::<NamespaceRecord>(&[]);
-            for (parts, _) in namespaces {
-                if txn.has::<BlobRecord>(&[&parts.concat(), digest.as_str()])? {
-                    return Ok(None);
+    /// Removes the files of those of the blobs that no record names any more.
+    pub(crate) async fn remove_unused(&self, mut digests: Vec<Digest>) {
+        while !digests.is_empty() {
+            let store = self.store.clone();
+            let unused = self.metadata.commit(move |txn| take_unused(&store, txn, &digests)).await;
+            let removed = match unused {
+                Ok(Unused { taken, later }) => {
+                    // Once this was answered, what had yet to come to disk is there.
+                    digests = later;
+                    blocking(move || {
+                        remove_taken(&taken);
+                        Ok(())
+                    })
+                    .await
                 }
+                Err(error) => {
+                    digests = Vec::new();
+                    Err(error)
+                }
+            };
+            if let Err(error) = removed {
+                tracing::warn!(%error, "the files of deleted blobs stay until they are collected");
             }
-            if txn.list::<IngestRecord>(&[]).iter().any(|(_, ingest)| ingest.shared == digest.as_str()) {
-                return Ok(None);
-            }
-            store.take_out(&digest)
-        });
-        let removed = match taken.await {
-            Ok(Some(path)) => {
-                blocking(move || {
-                    std::fs::remove_file(&path).map_err(|error| Error::io("remove", &path, &error))
-                })
-                .await
-            }
-            Ok(None) => Ok(()),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = removed {
-            tracing::warn!(%error, "the file of a deleted blob stays until it is collected");
         }
     }
 
@@ -301,24 +343,35 @@ impl Content {
 
     /// Throws an ingest away; NotFound when there is none.
     pub async fn abort(&self, context: &RequestContext, reference: String) -> Result<()> {
+        self.abort_ingest(context, reference, None).await
+    }
+
+    /// The same for the ingest of this key alone, and not for one that has come to have its ref.
+    async fn abort_ingest(
+        &self,
+        context: &RequestContext,
+        reference: String,
+        key: Option<String>,
+    ) -> Result<()> {
         let namespace = context.namespace()?.clone();
         let (this, context) = (self.clone(), context.clone());
         outlive(async move {
             let record = this
                 .metadata
                 .commit(move |txn| {
-                    let key = [namespace.as_str(), &reference];
-                    let record = txn.get::<IngestRecord>(&key)?.ok_or_else(|| missing_ingest(&reference))?;
-                    txn.delete::<IngestRecord>(&key)?;
+                    let parts = [namespace.as_str(), &reference];
+                    let record = txn
+                        .get::<IngestRecord>(&parts)?
+                        .filter(|record| key.as_ref().is_none_or(|key| record.key == *key))
+                        .ok_or_else(|| missing_ingest(&reference))?;
+                    txn.delete::<IngestRecord>(&parts)?;
                     leave_lease(txn, &context, leases::INGESTS, &reference)?;
                     Ok(record)
                 })
                 .await?;
-            let store = this.store.clone();
+            let (store, released) = (this.store.clone(), shared_blob(&record));
             blocking(move || store.remove_ingest(&record.key)).await?;
-            if let Ok(digest) = record.shared.parse::<Digest>() {
-                this.remove_unused(digest).await;
-            }
+            this.remove_unused(released.into_iter().collect()).await;
             Ok(())
         })
         .await
@@ -360,70 +413,139 @@ impl Content {
         outlive(async move {
             let algorithm = expected.as_ref().map_or(Algorithm::Sha256, Digest::algorithm);
             let opened = {
-                let (this, namespace, reference) = (this.clone(), namespace.clone(), reference.clone());
+                let (store, sequence) = (this.store.clone(), this.sequence.clone());
+                let (namespace, reference) = (namespace.clone(), reference.clone());
                 let (context, expected) = (context.clone(), expected.clone());
-                this.metadata
-                    .clone()
-                    .commit(move |txn| {
-                        this.open_ingest(txn, &context, &namespace, &reference, total, expected)
-                    })
-                    .await?
+                let open = move |txn: &mut Transaction| {
+                    open_ingest(&store, &sequence, txn, &context, &namespace, &reference, total, expected)
+                };
+                this.metadata.commit(open).await?
             };
-            let (key, data) = match opened {
+            let (held, shared, released) = match opened {
                 Opened::Exists => {
                     let digest = expected.map(|digest| digest.to_string()).unwrap_or_default();
                     return Err(Error::already_exists(format!("blob {digest} exists already")));
                 }
-                Opened::Shared { key, digest, size } => {
-                    (key, Data::Shared { digest, size, started_at: SystemTime::now() })
-                }
-                Opened::Own { key } => {
-                    let (store, ingest) = (this.store.clone(), key.clone());
-                    let data = blocking(move || store.writer(&ingest, total, algorithm)).await?;
-                    (key, Data::Own(Box::new(data)))
+                Opened::Ingest { held, shared, released } => (held, shared, released),
+            };
+            this.remove_unused(released.into_iter().collect()).await;
+            let (held, data) = match shared {
+                Some((digest, size)) => (held, Data::Shared { digest, size, started_at: SystemTime::now() }),
+                None => {
+                    let store = this.store.clone();
+                    blocking(move || {
+                        let data = store.writer(&held, total, algorithm)?;
+                        Ok((held, Data::Own(Box::new(data))))
+                    })
+                    .await?
                 }
             };
-            Ok(Writer { content: this, context, namespace, reference, key, data })
+            Ok(Writer { content: this, context, namespace, reference, data, held })
         })
         .await
     }
+}
 
-    fn open_ingest(
-        &self,
-        txn: &mut Transaction,
-        context: &RequestContext,
-        namespace: &Namespace,
-        reference: &str,
-        total: u64,
-        expected: Option<Digest>,
-    ) -> Result<Opened> {
-        let mut shared = None;
-        if let Some(digest) = expected {
-            if txn.has::<BlobRecord>(&[namespace.as_str(), digest.as_str()])? {
-                leases::join(txn, context, leases::CONTENT, digest.as_str())?;
-                return Ok(Opened::Exists);
-            }
-            let size = self.store.blob_size(&digest)?;
-            shared = size.filter(|size| total == 0 || total == *size).map(|size| (digest, size));
+/// Within a commit: opens or makes the record of an ingest, and takes hold of it.
+#[allow(clippy::too_many_arguments, reason = "of one caller, whose arguments they are")]
+fn open_ingest(
+    store: &Store,
+    sequence: &AtomicU64,
+    txn: &mut Transaction,
+    context: &RequestContext,
+    namespace: &Namespace,
+    reference: &str,
+    total: u64,
+    expected: Option<Digest>,
+) -> Result<Opened> {
+    let mut shared = None;
+    if let Some(digest) = expected {
+        if txn.has::<BlobRecord>(&[namespace.as_str(), digest.as_str()])? {
+            leases::join(txn, context, leases::CONTENT, digest.as_str())?;
+            return Ok(Opened::Exists);
         }
-        let now = SystemTime::now();
-        let before = txn.get::<IngestRecord>(&[namespace.as_str(), reference])?;
-        let mut record = before.unwrap_or_else(|| {
-            let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
-            IngestRecord {
-                key: format!("{namespace}/{sequence}/{reference}"),
-                started_at: Some(now.into()),
-                ..IngestRecord::default()
+        let size = store.blob_size(&digest)?;
+        shared = size.filter(|size| total == 0 || total == *size).map(|size| (digest, size));
+    }
+    let now = SystemTime::now();
+    let before = txn.get::<IngestRecord>(&[namespace.as_str(), reference])?;
+    let mut record = before.unwrap_or_else(|| {
+        let sequence = sequence.fetch_add(1, Ordering::Relaxed);
+        IngestRecord {
+            key: format!("{namespace}/{sequence}/{reference}"),
+            started_at: Some(now.into()),
+            ..IngestRecord::default()
+        }
+    });
+    let held = store.hold(&record.key, shared.is_some())?;
+    leases::join(txn, context, leases::INGESTS, reference)?;
+    record.expires_at = context.lease().is_none().then(|| (now + INGEST_LIFE).into());
+    let released =
+        shared_blob(&record).filter(|blob| shared.as_ref().is_none_or(|(digest, _)| digest != blob));
+    record.shared = shared.as_ref().map(|(digest, _)| digest.to_string()).unwrap_or_default();
+    txn.put(&[namespace.as_str(), reference], &record)?;
+    Ok(Opened::Ingest { held, shared, released })
+}
+
+/// The blob of another namespace that an ingest is to be.
+fn shared_blob(ingest: &IngestRecord) -> Option<Digest> {
+    ingest.shared.parse().ok()
+}
+
+/// Blobs that nobody needs any more.
+struct Unused {
+    /// Where their files are now, to be deleted.
+    taken: Vec<PathBuf>,
+    /// Those that are needed on disk: the commit that lets them go is under way.
+    later: Vec<Digest>,
+}
+
+/// Within a commit, which is where it holds that nobody needs a blob: takes the files of those that nobody needs out of the
+/// store. A file cannot be taken back, so what is on disk must not name it either.
+fn take_unused(store: &Store, txn: &Transaction, digests: &[Digest]) -> Result<Unused> {
+    let (named, on_disk) = (named(txn, digests)?, named(&txn.durable(), digests)?);
+    let mut unused = Unused { taken: Vec::new(), later: Vec::new() };
+    for digest in digests.iter().filter(|digest| !named.contains(digest)) {
+        if on_disk.contains(digest) {
+            unused.later.push(digest.clone());
+            continue;
+        }
+        match store.take_out(digest) {
+            Ok(path) => unused.taken.extend(path),
+            Err(error) => tracing::warn!(%error, "the file of a deleted blob stays"),
+        }
+    }
+    Ok(unused)
+}
+
+/// Those of the blobs that a record or an ingest of any namespace names.
+fn named<'a>(state: &impl Read, digests: &'a [Digest]) -> Result<HashSet<&'a Digest>> {
+    let namespaces: Vec<String> =
+        state.keys::<NamespaceRecord>(&[]).into_iter().map(|parts| parts.concat()).collect();
+    let ingests = state.list::<IngestRecord>(&[]);
+    let shared: HashSet<&str> = ingests.iter().map(|(_, ingest)| ingest.shared.as_str()).collect();
+    let mut named = HashSet::new();
+    for digest in digests {
+        let mut found = shared.contains(digest.as_str());
+        for namespace in &namespaces {
+            found |= state.has::<BlobRecord>(&[namespace, digest.as_str()])?;
+        }
+        if found {
+            named.insert(digest);
+        }
+    }
+    Ok(named)
+}
+
+fn remove_taken(taken: &[PathBuf]) {
+    for path in taken {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let path = path.display();
+                tracing::warn!(%path, %error, "the file of a deleted blob stays until the next start");
             }
-        });
-        leases::join(txn, context, leases::INGESTS, reference)?;
-        record.expires_at = context.lease().is_none().then(|| (now + INGEST_LIFE).into());
-        record.shared = shared.as_ref().map(|(digest, _)| digest.to_string()).unwrap_or_default();
-        txn.put(&[namespace.as_str(), reference], &record)?;
-        Ok(match shared {
-            Some((digest, size)) => Opened::Shared { key: record.key, digest, size },
-            None => Opened::Own { key: record.key },
-        })
+            _ => {}
+        }
     }
 }
 
@@ -480,7 +602,8 @@ impl Writer {
     fn own(&mut self, copy: bool) -> Result<&mut Ingest> {
         if let Data::Shared { digest, .. } = &self.data {
             let store = &self.content.store;
-            let mut ingest = store.writer(&self.key, 0, digest.algorithm())?;
+            self.held.write()?;
+            let mut ingest = store.writer(&self.held, 0, digest.algorithm())?;
             ingest.truncate()?;
             if copy {
                 let path = store.blob_path(digest);
@@ -511,11 +634,11 @@ impl Writer {
     }
 
     async fn commit_now(self, size: u64, expected: Option<Digest>, labels: Labels) -> Result<Digest> {
-        let Writer { content, context, namespace, reference, data, .. } = self;
-        let (digest, size, finished) = match data {
+        let Writer { content, context, namespace, reference, data, held } = self;
+        let (digest, size, mut finished) = match data {
             Data::Own(ingest) => {
                 let finished = blocking(move || ingest.finish(size, expected.as_ref())).await?;
-                (finished.digest.clone(), finished.size, Some(Arc::new(finished)))
+                (finished.digest.clone(), finished.size, Some(finished))
             }
             Data::Shared { digest, size: have, .. } => {
                 if (size > 0 && size != have) || expected.is_some_and(|expected| expected != digest) {
@@ -526,47 +649,32 @@ impl Writer {
                 (digest, have, None)
             }
         };
-        let committed = {
-            let (content, digest, namespace) = (content.clone(), digest.clone(), namespace.clone());
-            let finished = finished.clone();
-            content
-                .metadata
-                .clone()
-                .commit(move |txn| {
-                    if !txn.has::<IngestRecord>(&[namespace.as_str(), &reference])? {
-                        return Err(missing_ingest(&reference).context("it was aborted before its commit"));
-                    }
-                    content.check_present(finished.as_deref(), &digest)?;
-                    let key = [namespace.as_str(), digest.as_str()];
-                    let exists = txn.has::<BlobRecord>(&key)?;
-                    if !exists {
-                        let now = Some(SystemTime::now().into());
-                        let size = signed(size);
-                        txn.put(&key, &BlobRecord { size, created_at: now, updated_at: now, labels })?;
-                    }
-                    txn.delete::<IngestRecord>(&[namespace.as_str(), &reference])?;
-                    leave_lease(txn, &context, leases::INGESTS, &reference)?;
-                    leases::join(txn, &context, leases::CONTENT, digest.as_str())?;
-                    Ok(exists)
-                })
-                .await
-        };
-        let exists = match committed {
-            Ok(exists) => exists,
+        let record = Recording { context, namespace, reference, key: held.key.clone(), digest, size, labels };
+        let recorded = content.publish_and_record(&mut finished, &record).await;
+        // The pin goes before anything is looked at for removal.
+        drop(finished);
+        let Recording { namespace, reference, digest, .. } = record;
+        let (existed, released) = match recorded {
+            Ok(Recorded::Done { existed, released }) => (existed, released),
+            Ok(Recorded::Aborted) => {
+                content.end_ingest(held).await;
+                content.remove_unused(vec![digest]).await;
+                return Err(missing_ingest(&reference).context("it was aborted before its commit"));
+            }
+            Ok(Recorded::Gone) => {
+                return Err(Error::failed_precondition(format!(
+                    "blob {digest} was removed meanwhile; abort the ingest and write it anew"
+                )));
+            }
             Err(error) => {
                 // The ingest still has the data; the store shall not have a blob that nobody knows.
-                content.remove_unused(digest).await;
+                content.remove_unused(vec![digest]).await;
                 return Err(error);
             }
         };
-        if let Some(finished) = finished.and_then(Arc::into_inner) {
-            blocking(move || {
-                finished.clean();
-                Ok(())
-            })
-            .await?;
-        }
-        if exists {
+        content.end_ingest(held).await;
+        content.remove_unused(released.into_iter().collect()).await;
+        if existed {
             return Err(Error::already_exists(format!("blob {digest} exists already")));
         }
         let event =
@@ -576,15 +684,78 @@ impl Writer {
     }
 }
 
+/// A blob about to be recorded.
+#[derive(Clone)]
+struct Recording {
+    context: RequestContext,
+    namespace: Namespace,
+    reference: String,
+    /// The ingest's.
+    key: String,
+    digest: Digest,
+    size: u64,
+    labels: Labels,
+}
+
+impl Recording {
+    /// Within a commit: makes the blob's record, if its file is there, and ends the ingest.
+    fn write(self, store: &Store, txn: &mut Transaction) -> Result<Recorded> {
+        let Recording { context, namespace, reference, key, digest, size, labels } = self;
+        let (ingest, blob) = ([namespace.as_str(), &reference], [namespace.as_str(), digest.as_str()]);
+        let ours = txn.get::<IngestRecord>(&ingest)?.filter(|record| record.key == key);
+        let existed = txn.has::<BlobRecord>(&blob)?;
+        if !existed {
+            if ours.is_none() {
+                return Ok(Recorded::Aborted);
+            }
+            if store.blob_size(&digest)? != Some(size) {
+                return Ok(Recorded::Gone);
+            }
+            let now = Some(SystemTime::now().into());
+            txn.put(&blob, &BlobRecord { size: signed(size), created_at: now, updated_at: now, labels })?;
+        }
+        if ours.is_some() {
+            txn.delete::<IngestRecord>(&ingest)?;
+            leave_lease(txn, &context, leases::INGESTS, &reference)?;
+        }
+        leases::join(txn, &context, leases::CONTENT, digest.as_str())?;
+        let released = ours.as_ref().and_then(shared_blob).filter(|blob| *blob != digest);
+        Ok(Recorded::Done { existed, released })
+    }
+}
+
 impl Content {
-    /// Within a commit: that the blob about to be recorded is in the store.
-    fn check_present(&self, finished: Option<&Finished>, digest: &Digest) -> Result<()> {
-        match finished {
-            Some(finished) => finished.publish(),
-            None if self.store.blob_size(digest)?.is_some() => Ok(()),
-            None => Err(Error::failed_precondition(format!(
-                "blob {digest} was removed meanwhile; abort the ingest and write it anew"
-            ))),
+    /// Brings a blob's file to disk, and then its record.
+    async fn publish_and_record(
+        &self,
+        finished: &mut Option<Finished>,
+        record: &Recording,
+    ) -> Result<Recorded> {
+        loop {
+            let (own, store, digest) = (finished.take(), self.store.clone(), record.digest.clone());
+            *finished = blocking(move || {
+                match &own {
+                    Some(finished) => finished.publish()?,
+                    None => store.sync_name(&digest)?,
+                }
+                Ok(own)
+            })
+            .await?;
+            let (store, record) = (self.store.clone(), record.clone());
+            match self.metadata.commit(move |txn| record.write(&store, txn)).await? {
+                // A removal that had begun before the pin took the file; there can be no other now.
+                Recorded::Gone if finished.is_some() => {}
+                recorded => return Ok(recorded),
+            }
+        }
+    }
+
+    /// Removes what an ingest without a record has on disk: its own data, or what it had before it was to be a blob of
+    /// another namespace.
+    async fn end_ingest(&self, held: Held) {
+        let store = self.store.clone();
+        if let Err(error) = blocking(move || store.remove_ingest(&held.key)).await {
+            tracing::warn!(%error, "an ingest that is over stays until the next start");
         }
     }
 }

@@ -15,8 +15,9 @@
 //!  view()          --> the last published state: an immutable ordered map, shared by pointer
 //! ```
 //!
-//! Invariants: what `commit` answered is on disk. A closure that fails leaves no trace. A view is one consistent state
-//! between commits, never one that is not yet on disk, and taking it or reading it waits for nobody.
+//! Invariants: what `commit` answered is on disk, and so is what the answer was drawn from, be it an error. A closure that
+//! fails leaves no trace. A view is one consistent state between commits, never one that is not yet on disk, and taking it
+//! or reading it waits for nobody.
 
 mod archive;
 pub mod containers;
@@ -53,7 +54,8 @@ type Map = imbl::OrdMap<Arc<[u8]>, Arc<[u8]>>;
 pub trait Record: prost::Message + Default {
     /// The first part of the key of every record of this kind.
     const TABLE: &'static str;
-    /// Whether the part after the table is a namespace, which comes to be with its first record.
+    /// Whether the part after the table is a namespace, which comes to be with its first record, and with which all of its
+    /// records go. Keys of a table that is not have one part.
     const NAMESPACED: bool = true;
 }
 
@@ -82,15 +84,19 @@ pub trait Read {
         for (key, value) in self.map().range::<_, [u8]>(from(&prefix)) {
             let Some(rest) = key.strip_prefix(&prefix[..]) else { break };
             match decode(key, value) {
-                Ok(record) => {
-                    let parts =
-                        rest.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned());
-                    records.push((parts.collect(), record));
-                }
+                Ok(record) => records.push((split_key(rest), record)),
                 Err(error) => tracing::error!(%error, "a metadata record is set aside"),
             }
         }
         records
+    }
+
+    /// The remaining parts of every key that begins with these parts, also of records that cannot be decoded.
+    fn keys<R: Record>(&self, leading: &[&str]) -> Vec<Vec<String>> {
+        let Ok(mut prefix) = encode_key(R::TABLE, leading) else { return Vec::new() };
+        prefix.push(0);
+        let keys = self.map().range::<_, [u8]>(from(&prefix)).map(|(key, _)| key.strip_prefix(&prefix[..]));
+        keys.map_while(|rest| rest.map(split_key)).collect()
     }
 
     /// Whether any record's key begins with these parts.
@@ -114,6 +120,7 @@ impl Read for View {
 /// The state as a commit's closure sees it: what is committed, plus what this closure has written so far.
 pub struct Transaction {
     map: Map,
+    durable: Map,
     writes: Vec<Write>,
 }
 
@@ -124,8 +131,14 @@ impl Read for Transaction {
 }
 
 impl Transaction {
-    fn new(map: Map) -> Self {
-        Transaction { map, writes: Vec::new() }
+    fn new(map: Map, durable: Map) -> Self {
+        Transaction { map, durable, writes: Vec::new() }
+    }
+
+    /// The state that is on disk: what the closures before this one wrote in the same group is not in it. For what
+    /// cannot be taken back when the group fails or the engine is killed, such as the removal of a file.
+    pub fn durable(&self) -> View {
+        View(self.durable.clone())
     }
 
     /// Writes a record, new or in the place of the one with this key.
@@ -167,6 +180,29 @@ impl Transaction {
         Ok(())
     }
 
+    /// Deletes every record of a namespace, of whatever table, but not that of the namespace itself.
+    pub fn delete_namespace(&mut self, namespace: &str) -> Result<()> {
+        let mut keys = Vec::new();
+        let mut after = Vec::new();
+        // From table to table: 0x01 follows the 0x00 that ends a table's name.
+        while let Some((key, _)) = self.map.range::<_, [u8]>(from(&after)).next() {
+            let end = key.iter().position(|byte| *byte == 0).unwrap_or(key.len());
+            let mut prefix = key[..end].to_vec();
+            after.clone_from(&prefix);
+            after.push(1);
+            prefix.push(0);
+            prefix.extend_from_slice(namespace.as_bytes());
+            prefix.push(0);
+            let records = self.map.range::<_, [u8]>(from(&prefix)).map(|(key, _)| key.clone());
+            keys.extend(records.take_while(|key| key.starts_with(&prefix)));
+        }
+        for key in keys {
+            self.map.remove(&key);
+            self.writes.push((key, None));
+        }
+        Ok(())
+    }
+
     fn put_raw(&mut self, key: &[u8], value: &[u8]) {
         let key: Arc<[u8]> = key.into();
         let value: Arc<[u8]> = value.into();
@@ -187,6 +223,10 @@ fn encode_key(table: &str, parts: &[&str]) -> Result<Vec<u8>> {
         key.extend_from_slice(part.as_bytes());
     }
     Ok(key)
+}
+
+fn split_key(key: &[u8]) -> Vec<String> {
+    key.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned()).collect()
 }
 
 /// The range of keys from this one on.

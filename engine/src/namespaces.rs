@@ -3,14 +3,12 @@
 use proto::containerd::events::{NamespaceCreate, NamespaceDelete, NamespaceUpdate};
 use proto::containerd::services::containers::v1::Container;
 use proto::containerd::services::images::v1::Image;
-use proto::containerd::services::leases::v1::Lease;
 
 use crate::context::Namespace;
 use crate::error::{Error, Result, outlive};
 use crate::events::Exchange;
 use crate::labels::{self, Labels};
-use crate::metadata::content::BlobRecord;
-use crate::metadata::leases::LeaseResource;
+use crate::metadata::content::{BlobRecord, IngestRecord};
 use crate::metadata::namespaces::NamespaceRecord;
 use crate::metadata::snapshots::SnapshotRecord;
 use crate::metadata::{Metadata, Read, Transaction};
@@ -113,7 +111,8 @@ impl Namespaces {
         .await
     }
 
-    /// Deletes an empty namespace; FailedPrecondition says what it still holds. Its leases go with it.
+    /// Deletes an empty namespace; FailedPrecondition says what it still holds. Its leases, and whatever else is recorded of
+    /// it, go with it.
     pub async fn delete(&self, name: &str) -> Result<()> {
         let namespace = Namespace::new(name)?;
         let this = self.clone();
@@ -132,8 +131,7 @@ impl Namespaces {
                             held.join(", ")
                         )));
                     }
-                    txn.delete_all::<Lease>(&[name])?;
-                    txn.delete_all::<LeaseResource>(&[name])?;
+                    txn.delete_namespace(name)?;
                     txn.delete::<NamespaceRecord>(&[name])?;
                     Ok(())
                 })
@@ -155,6 +153,7 @@ fn contents(txn: &Transaction, name: &str) -> Vec<String> {
     for (what, any) in [
         ("images", txn.any::<Image>(&[name])),
         ("blobs", txn.any::<BlobRecord>(&[name])),
+        ("ingests", txn.any::<IngestRecord>(&[name])),
         ("containers", txn.any::<Container>(&[name])),
     ] {
         if any {
@@ -169,4 +168,43 @@ fn contents(txn: &Transaction, name: &str) -> Vec<String> {
     snapshotters.dedup();
     held.extend(snapshotters.iter().map(|name| format!("snapshots on the {name} snapshotter")));
     held
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::containerd::services::leases::v1::Lease;
+
+    use super::*;
+    use crate::metadata::leases::LeaseResource;
+    use crate::metadata::sequences;
+
+    #[tokio::test]
+    async fn a_namespace_is_deleted_empty_and_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_owned();
+        let metadata = tokio::task::spawn_blocking(move || Metadata::open(&path).unwrap()).await.unwrap();
+        let namespaces = Namespaces::new(metadata.clone(), Exchange::default());
+        let fill = |txn: &mut Transaction| {
+            // One name begins with the other.
+            for name in ["a", "aa"] {
+                txn.put(&[name, "ref"], &IngestRecord::default())?;
+                txn.put(&[name, "lease"], &Lease::default())?;
+                txn.put(&[name, "lease", "ingests", "ref"], &LeaseResource {})?;
+                sequences::next(txn, name, "number")?;
+            }
+            Ok(())
+        };
+        metadata.commit(fill).await.unwrap();
+        let Err(Error::FailedPrecondition(why)) = namespaces.delete("a").await else { panic!("deleted") };
+        assert!(why.contains("ingests"), "{why}");
+        let before = metadata.view().map().len();
+        metadata.commit(|txn| txn.delete::<IngestRecord>(&["a", "ref"])).await.unwrap();
+        namespaces.delete("a").await.unwrap();
+        let view = metadata.view();
+        assert!(!view.map().keys().any(|key| key.split(|byte| *byte == 0).nth(1) == Some(b"a")));
+        assert_eq!(view.map().len(), before - 5, "and what is the other's stays");
+        // Whoever makes it again begins at the beginning.
+        let number = metadata.commit(|txn| sequences::next(txn, "a", "number")).await.unwrap();
+        assert_eq!(number, 1);
+    }
 }

@@ -349,3 +349,44 @@ fn readers_see_whole_commits_while_writers_write() {
     assert!(reader.join().unwrap() > 0);
     assert_eq!(metadata.view().list::<Item>(&["w1"]).len(), 100);
 }
+
+/// An error may come of what an earlier closure wrote, so it waits for that to be on disk, as a success does.
+#[tokio::test]
+async fn an_error_is_told_once_what_it_saw_is_on_disk() {
+    use futures::poll;
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().to_owned();
+    let metadata = tokio::task::spawn_blocking(move || Metadata::open(&dir).unwrap()).await.unwrap();
+    let (entered, mut inside) = tokio::sync::mpsc::unbounded_channel();
+    let (leave, wait) = std::sync::mpsc::channel::<()>();
+    let wait = Arc::new(std::sync::Mutex::new(wait));
+    // Holds the writer thread until the test lets it go on.
+    let hold = |entered: tokio::sync::mpsc::UnboundedSender<()>| {
+        let wait = wait.clone();
+        metadata.commit(move |_| {
+            entered.send(()).unwrap();
+            wait.lock().unwrap().recv().unwrap();
+            Ok(())
+        })
+    };
+    let mut begin = std::pin::pin!(hold(entered.clone()));
+    let mut put = std::pin::pin!(metadata.commit(|txn| txn.put(&["a", "b"], &item("c"))));
+    let mut fail = std::pin::pin!(metadata.commit(|txn| {
+        assert!(txn.has::<Item>(&["a", "b"])? && !txn.durable().has::<Item>(&["a", "b"])?);
+        Err::<(), _>(Error::already_exists("b"))
+    }));
+    let mut end = std::pin::pin!(hold(entered));
+    // A commit is queued when it is first polled, so these four are one group.
+    assert!(poll!(&mut begin).is_pending() && poll!(&mut put).is_pending());
+    assert!(poll!(&mut fail).is_pending() && poll!(&mut end).is_pending());
+    inside.recv().await.unwrap();
+    leave.send(()).unwrap();
+    inside.recv().await.unwrap();
+    assert!(poll!(&mut fail).is_pending(), "it saw what is not on disk");
+    leave.send(()).unwrap();
+    assert_eq!(fail.await, Err(Error::already_exists("b")));
+    assert!(metadata.view().has::<Item>(&["a", "b"]).unwrap());
+    begin.await.unwrap();
+    put.await.unwrap();
+    end.await.unwrap();
+}

@@ -111,13 +111,81 @@ async fn write(
     mut requests: Streaming<WriteContentRequest>,
     answers: mpsc::Sender<Result<WriteContentResponse, Status>>,
 ) {
-    // An error in place of a request: the client has gone, and nobody is left to be told.
-    while let Ok(Some(request)) = requests.message().await {
+    loop {
+        let request = match requests.message().await {
+            Ok(Some(request)) => request,
+            Ok(None) => break session.end().await,
+            Err(status) => {
+                // The client has gone, or has sent what cannot be read, and then it has to hear of it: the end of the
+                // stream without an error would say that all went well. The ingest is free by then.
+                session.end().await;
+                let _ = answers.send(Err(status)).await;
+                break;
+            }
+        };
         let answer = session.step(request).await;
         let last = answer.is_err() || session.is_over();
         if answers.send(answer.map_err(Status::from)).await.is_err() || last {
-            break;
+            break session.end().await;
         }
     }
-    session.end().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::Pin;
+
+    use api::content_server::ContentServer;
+    use axum::body::{Body, HttpBody as _};
+    use prost::Message as _;
+    use tower::Service as _;
+
+    use super::*;
+    use crate::content::FOLDER;
+    use crate::context::Namespace;
+    use crate::metadata::Metadata;
+
+    #[tokio::test]
+    async fn a_request_that_cannot_be_read_ends_the_stream_with_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().to_owned();
+        let content = tokio::task::spawn_blocking(move || {
+            let metadata = Metadata::open(&root.join("metadata")).unwrap();
+            Content::open(&root.join(FOLDER), metadata, crate::events::Exchange::default()).unwrap()
+        });
+        let content = content.await.unwrap();
+        let begin = WriteContentRequest {
+            action: api::WriteAction::Write.into(),
+            r#ref: "ref".into(),
+            data: b"part".to_vec().into(),
+            ..WriteContentRequest::default()
+        };
+        let begin = begin.encode_to_vec();
+        let mut bytes = vec![0];
+        bytes.extend_from_slice(&u32::try_from(begin.len()).unwrap().to_be_bytes());
+        bytes.extend_from_slice(&begin);
+        // A message of nine bytes that is cut off after two.
+        bytes.extend_from_slice(&[0, 0, 0, 0, 9, 8, 1]);
+        let request = http::Request::post("/containerd.services.content.v1.Content/Write")
+            .header("containerd-namespace", "a")
+            .header("content-type", "application/grpc")
+            .body(Body::from(bytes))
+            .unwrap();
+        let mut server = ContentServer::new(Service { content: content.clone() });
+        let mut body = server.call(request).await.unwrap().into_body();
+        let (mut answers, mut trailers) = (0, None);
+        while let Some(frame) = std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await
+        {
+            match frame.unwrap().into_trailers() {
+                Ok(found) => trailers = Some(found),
+                Err(_) => answers += 1,
+            }
+        }
+        assert_eq!(answers, 1);
+        assert_ne!(trailers.unwrap()["grpc-status"], "0");
+        // What was written before is there, and another may go on with it at once.
+        let context = RequestContext::internal(Namespace::new("a").unwrap());
+        let writer = content.writer(&context, "ref".into(), 0, None).await.unwrap();
+        assert_eq!(writer.digest(), oci::Digest::sha256_of(b"part"));
+    }
 }

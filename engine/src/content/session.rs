@@ -78,11 +78,11 @@ impl Session {
             self.writer = Some(writer);
             return Ok(answer);
         }
-        let reference = writer.reference.clone();
+        let (reference, key) = (writer.reference.clone(), writer.held.key.clone());
         let writer = match append(writer, offset, request.data).await {
             Err(error @ Error::ResourceExhausted(_)) => {
                 // A disk is full: give back what this ingest has of it.
-                self.abort(reference).await;
+                self.abort(reference, key).await;
                 return Err(error);
             }
             appended => appended?,
@@ -102,9 +102,9 @@ impl Session {
     async fn expect(&mut self, expected: Digest) -> Result<()> {
         if self.content.join(&self.context, &expected).await? {
             if let Some(writer) = self.writer.take() {
-                let reference = writer.reference.clone();
+                let (reference, key) = (writer.reference.clone(), writer.held.key.clone());
                 drop(writer);
-                self.abort(reference).await;
+                self.abort(reference, key).await;
             }
             return Err(Error::already_exists(format!("blob {expected} exists already")));
         }
@@ -112,8 +112,8 @@ impl Session {
         Ok(())
     }
 
-    async fn abort(&self, reference: String) {
-        match self.content.abort(&self.context, reference).await {
+    async fn abort(&self, reference: String, key: String) {
+        match self.content.abort_ingest(&self.context, reference, Some(key)).await {
             Ok(()) | Err(Error::NotFound(_)) => {}
             Err(error) => tracing::warn!(%error, "an ingest that is of no use any more stays"),
         }

@@ -16,10 +16,11 @@
 //!
 //! The data is linked, not moved, so that a kill before the record commits leaves an ingest that can be resumed.
 //!
-//! Invariants: what is in blobs/ has the digest of its name and is on disk. One writer at a time has an ingest. Everything
-//! here blocks: callers stay off the reactor.
+//! Invariants: what is in blobs/ has the digest of its name and is on disk; its name there is on disk once
+//! [`Store::sync_name`] was called. A blob's file that is pinned stays. Everything here blocks: callers stay off the
+//! reactor.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -41,8 +42,10 @@ const BUFFER: usize = 1 << 20;
 #[derive(Clone)]
 pub(super) struct Store {
     root: Arc<Path>,
-    /// Keys of the ingests that have a writer.
-    writing: Arc<Mutex<HashSet<String>>>,
+    /// Who has the ingests that are open, by key.
+    open: Arc<Mutex<HashMap<String, Holders>>>,
+    /// How many commits under way want a blob's file to stay.
+    pinned: Arc<Mutex<HashMap<Digest, usize>>>,
 }
 
 /// An ingest as it is on disk.
@@ -53,9 +56,10 @@ pub(super) struct IngestStatus {
     pub(super) total: u64,
 }
 
-/// The one writer of an ingest. Dropping it leaves the ingest to be resumed.
+/// The bytes of an ingest, in the hands of its one writer. Dropping it leaves the ingest to be resumed.
 pub(super) struct Ingest {
-    held: Held,
+    store: Store,
+    key: String,
     folder: PathBuf,
     data: File,
     algorithm: Algorithm,
@@ -63,23 +67,81 @@ pub(super) struct Ingest {
     pub(super) status: IngestStatus,
 }
 
-/// The right to write an ingest.
-struct Held {
+/// Who has an ingest open.
+enum Holders {
+    /// The one that writes it.
+    Writer,
+    /// So many that have nothing to write, since another namespace has the blob.
+    Shared(usize),
+}
+
+/// An open ingest.
+pub(super) struct Held {
     store: Store,
-    key: String,
+    pub(super) key: String,
+}
+
+impl Held {
+    /// The right to write, for one that had nothing to write so far; Unavailable when others have the ingest, too.
+    pub(super) fn write(&mut self) -> Result<()> {
+        let mut open = self.store.open.lock();
+        match open.get_mut(&self.key) {
+            Some(holders @ Holders::Shared(1)) => *holders = Holders::Writer,
+            Some(Holders::Shared(_)) => return Err(in_use(&self.key)),
+            Some(Holders::Writer) | None => {}
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.store.writing.lock().remove(&self.key);
+        let mut open = self.store.open.lock();
+        match open.get_mut(&self.key) {
+            Some(Holders::Shared(count)) if *count > 1 => *count -= 1,
+            _ => drop(open.remove(&self.key)),
+        }
+    }
+}
+
+fn in_use(key: &str) -> Error {
+    Error::unavailable(format!(
+        "ingest {key:?} is being written by another client; try again when that has ended"
+    ))
+}
+
+/// While it is there, [`Store::take_out`] leaves the blob alone.
+struct Pin {
+    store: Store,
+    digest: Digest,
+}
+
+impl Pin {
+    fn new(store: &Store, digest: &Digest) -> Self {
+        *store.pinned.lock().entry(digest.clone()).or_default() += 1;
+        Pin { store: store.clone(), digest: digest.clone() }
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let mut pinned = self.store.pinned.lock();
+        if let Some(count) = pinned.get_mut(&self.digest) {
+            *count -= 1;
+            if *count == 0 {
+                pinned.remove(&self.digest);
+            }
+        }
     }
 }
 
 impl Store {
-    /// Opens or makes the folders, and removes what an earlier run was about to remove.
+    /// Opens or makes the folders, and removes what an earlier run was about to remove, as far as that can be done.
     pub(super) fn open(root: &Path) -> Result<Self> {
         let removed = root.join("removed");
-        sys::fs::remove_tree(&removed).map_err(|error| Error::io("remove", &removed, &error))?;
+        if let Err(error) = sys::fs::remove_tree(&removed) {
+            tracing::warn!(folder = %removed.display(), %error, "files of deleted blobs stay until the next start");
+        }
         for folder in [root, &root.join("blobs"), &root.join("blobs/sha256"), &root.join("ingest"), &removed]
         {
             make_folder(folder)?;
@@ -87,7 +149,7 @@ impl Store {
         for folder in [root, &root.join("blobs")] {
             sys::fs::sync_dir(folder).map_err(|error| Error::io("sync folder", folder, &error))?;
         }
-        Ok(Store { root: root.into(), writing: Arc::default() })
+        Ok(Store { root: root.into(), open: Arc::default(), pinned: Arc::default() })
     }
 
     pub(super) fn blob_path(&self, digest: &Digest) -> PathBuf {
@@ -104,8 +166,23 @@ impl Store {
         }
     }
 
-    /// Takes a blob's file out of the store, at the speed of a rename; the path it has then, to be deleted.
+    /// Makes sure that a blob's name in its folder is on disk, whoever put it there.
+    pub(super) fn sync_name(&self, digest: &Digest) -> Result<()> {
+        let path = self.blob_path(digest);
+        // The other algorithms' folders are made with their first blob.
+        let folders = if digest.algorithm() == Algorithm::Sha256 { 1 } else { 2 };
+        for folder in path.ancestors().skip(1).take(folders) {
+            sys::fs::sync_dir(folder).map_err(|error| Error::io("sync folder", folder, &error))?;
+        }
+        Ok(())
+    }
+
+    /// Takes a blob's file out of the store, at the speed of a rename; the path it has then, to be deleted. None when
+    /// there is no file, or when a commit under way has pinned it.
     pub(super) fn take_out(&self, digest: &Digest) -> Result<Option<PathBuf>> {
+        if self.pinned.lock().contains_key(digest) {
+            return Ok(None);
+        }
         let (from, to) = (self.blob_path(digest), self.root.join("removed").join(digest.hex()));
         match std::fs::rename(&from, &to) {
             Ok(()) => Ok(Some(to)),
@@ -114,7 +191,7 @@ impl Store {
         }
     }
 
-    fn ingest_folder(&self, key: &str) -> PathBuf {
+    pub(super) fn ingest_folder(&self, key: &str) -> PathBuf {
         self.root.join("ingest").join(Digest::sha256_of(key.as_bytes()).hex())
     }
 
@@ -147,14 +224,24 @@ impl Store {
         }))
     }
 
-    /// Begins or resumes an ingest; Unavailable while another writer has it. What is there already is hashed again.
-    pub(super) fn writer(&self, key: &str, total: u64, algorithm: Algorithm) -> Result<Ingest> {
-        if !self.writing.lock().insert(key.to_owned()) {
-            return Err(Error::unavailable(format!(
-                "ingest {key:?} is being written by another client; try again when that has ended"
-            )));
+    /// Takes an ingest, to write it or to commit what is shared; Unavailable while another client writes it, and, for
+    /// one that is to write, while any other has it. Does not block.
+    pub(super) fn hold(&self, key: &str, shared: bool) -> Result<Held> {
+        let mut open = self.open.lock();
+        match open.get_mut(key) {
+            Some(Holders::Shared(count)) if shared => *count += 1,
+            Some(_) => return Err(in_use(key)),
+            None => {
+                let holders = if shared { Holders::Shared(1) } else { Holders::Writer };
+                open.insert(key.to_owned(), holders);
+            }
         }
-        let held = Held { store: self.clone(), key: key.to_owned() };
+        Ok(Held { store: self.clone(), key: key.to_owned() })
+    }
+
+    /// Begins or resumes an ingest, whose writer the caller is. What is there already is hashed again.
+    pub(super) fn writer(&self, held: &Held, total: u64, algorithm: Algorithm) -> Result<Ingest> {
+        let key = held.key.as_str();
         let folder = self.ingest_folder(key);
         let failed = |error: io::Error| Error::io("open ingest", &folder, &error);
         let ours = |_: &IngestStatus| {
@@ -181,7 +268,7 @@ impl Store {
         let mut status =
             before.unwrap_or(IngestStatus { started_at: now, updated_at: now, offset: 0, total: 0 });
         (status.offset, status.total) = (offset, total);
-        Ok(Ingest { held, folder, data, algorithm, hasher, status })
+        Ok(Ingest { store: self.clone(), key: key.to_owned(), folder, data, algorithm, hasher, status })
     }
 
     /// Removes an ingest, under its writer too, whose commit will then fail. False when there was none.
@@ -243,12 +330,12 @@ impl Ingest {
         let _ = std::fs::write(self.folder.join("updatedat"), show_time(self.status.updated_at));
     }
 
-    /// Checks size and digest and puts the blob in the store, synced; the ingest stays until [`Finished::clean`].
+    /// Checks size and digest, syncs the data and pins the blob, which is then to be published; the ingest stays.
     pub(super) fn finish(mut self, size: u64, expected: Option<&Digest>) -> Result<Finished> {
         if size > 0 && size != self.status.offset {
             return Err(Error::failed_precondition(format!(
                 "ingest {:?}: {} bytes were written and {size} were announced",
-                self.held.key, self.status.offset
+                self.key, self.status.offset
             )));
         }
         if let Some(expected) = expected
@@ -267,33 +354,34 @@ impl Ingest {
         {
             return Err(Error::failed_precondition(format!(
                 "ingest {:?}: the data has the digest {digest}, expected was {expected}",
-                self.held.key
+                self.key
             )));
         }
         self.data.sync_all().map_err(|error| Error::io("sync ingest", &self.folder, &error))?;
-        let finished = Finished { digest, size: self.status.offset, ingest: self };
-        finished.publish()?;
-        Ok(finished)
+        let pin = Pin::new(&self.store, &digest);
+        Ok(Finished { digest, size: self.status.offset, ingest: self, _pin: pin })
     }
 }
 
-/// A blob in the store whose record has yet to commit.
+/// A whole and verified ingest whose blob's record has yet to commit.
 pub(super) struct Finished {
     pub(super) digest: Digest,
     pub(super) size: u64,
     ingest: Ingest,
+    _pin: Pin,
 }
 
 impl Finished {
-    /// Makes sure that the blob's file is there. Called again within the commit of the record, when a removal may have
-    /// come between; it is there already nearly always.
+    /// Makes sure that the blob's file is in the store and that this is on disk. To be called before the record's commit,
+    /// and again when the commit finds that the file is gone: a removal that had begun before the pin took it.
     pub(super) fn publish(&self) -> Result<()> {
-        let Ingest { held, folder, data, .. } = &self.ingest;
-        let path = held.store.blob_path(&self.digest);
+        let Ingest { store, folder, data, .. } = &self.ingest;
+        let path = store.blob_path(&self.digest);
         let failed = |error: io::Error| Error::io("put a blob into the store at", &path, &error);
-        let existing = held.store.blob_size(&self.digest)?;
+        let existing = store.blob_size(&self.digest)?;
         if existing == Some(self.size) {
-            return Ok(());
+            // Another writer's, who may not have come to sync its name yet.
+            return store.sync_name(&self.digest);
         }
         let parent = path.parent().unwrap_or(&path);
         make_folder(parent)?;
@@ -311,15 +399,7 @@ impl Finished {
                 .and_then(|()| std::fs::rename(&new, &path))
                 .map_err(failed)?;
         }
-        sys::fs::sync_dir(parent).map_err(failed)
-    }
-
-    /// Removes the ingest, now that a record names the blob.
-    pub(super) fn clean(self) {
-        if let Err(error) = sys::fs::remove_tree(&self.ingest.folder) {
-            let folder = self.ingest.folder.display();
-            tracing::warn!(%folder, %error, "a committed ingest stays until the next start");
-        }
+        store.sync_name(&self.digest)
     }
 }
 

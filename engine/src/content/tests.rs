@@ -326,6 +326,98 @@ async fn namespaces_share_bytes_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn clients_that_share_a_ref_and_a_blob_all_end_well() {
+    let bench = Bench::new();
+    let blob = bench.put("a", b"data").await.unwrap();
+    let mut expecting = stat("ref");
+    expecting.expected = blob.to_string();
+    let leased = bench.lease("b", "l").await;
+    let mut first = bench.session("b");
+    let mut second = Session::new(bench.content.clone(), leased);
+    let mut third = bench.session("b");
+    for session in [&mut first, &mut second, &mut third] {
+        session.step(expecting.clone()).await.unwrap();
+    }
+    // Who would write has to have it alone.
+    assert_eq!(class(bench.session("b").step(stat("ref")).await), "unavailable");
+    assert_eq!(class(third.step(write("ref", 4, b"more", WriteAction::Write)).await), "unavailable");
+    let commit = write("ref", 4, b"", WriteAction::Commit);
+    first.step(commit.clone()).await.unwrap();
+    assert_eq!(class(second.step(commit).await), "already exists");
+    assert!(bench.leased("b", "l").contains(&format!("content {blob}")));
+    assert_eq!(bench.ingests(), 0);
+}
+
+#[tokio::test]
+async fn what_is_written_is_not_opened_as_shared() {
+    let bench = Bench::new();
+    let blob = bench.put("a", b"data").await.unwrap();
+    let mut expecting = stat("ref");
+    expecting.expected = blob.to_string();
+    let mut own = bench.session("b");
+    own.step(write("ref", 0, b"part", WriteAction::Write)).await.unwrap();
+    assert_eq!(class(bench.session("b").step(expecting.clone()).await), "unavailable");
+    let record = bench.metadata.view().get::<IngestRecord>(&["b", "ref"]).unwrap().unwrap();
+    assert_eq!(record.shared, "", "who is refused changes nothing");
+    own.end().await;
+
+    // Then it is, and what it had is of no use any more.
+    let mut session = bench.session("b");
+    assert_eq!(session.step(expecting).await.unwrap().offset, 4);
+    session.step(write("ref", 4, b"", WriteAction::Commit)).await.unwrap();
+    assert_eq!(bench.ingests(), 0);
+    assert_eq!(bench.get("b", &blob, 0, 0).await.unwrap(), b"data");
+}
+
+#[tokio::test]
+async fn a_shared_blob_goes_with_the_last_ingest_that_would_be_it() {
+    let bench = Bench::new();
+    for (reference, bytes) in [("reopened", b"1"), ("rewritten", b"2")] {
+        let blob = bench.put("a", bytes).await.unwrap();
+        let b = context("b");
+        let open = |expected| bench.content.writer(&b, reference.into(), 0, expected);
+        let mut writer = open(Some(blob.clone())).await.unwrap();
+        bench.content.delete(&context("a"), blob.clone()).await.unwrap();
+        assert!(bench.file(&blob).exists());
+        if reference == "rewritten" {
+            writer.write(b"!").unwrap();
+            writer.commit(0, None, Labels::new()).await.unwrap();
+        } else {
+            drop(writer);
+            open(None).await.unwrap();
+        }
+        assert!(!bench.file(&blob).exists(), "{reference}");
+    }
+}
+
+#[tokio::test]
+async fn a_writer_whose_ingest_was_aborted_leaves_the_next_one_alone() {
+    let bench = Bench::new();
+    let mut old = bench.session("a");
+    old.step(write("ref", 0, b"old", WriteAction::Write)).await.unwrap();
+    let mut full = bench.session("a");
+    full.step(write("full", 0, b"old", WriteAction::Write)).await.unwrap();
+    for reference in ["ref", "full"] {
+        bench.content.abort(&context("a"), reference.into()).await.unwrap();
+    }
+    let mut new = bench.session("a");
+    new.step(write("ref", 0, b"new", WriteAction::Write)).await.unwrap();
+    bench.session("a").step(write("full", 0, b"new", WriteAction::Write)).await.unwrap();
+
+    // Its data is there in another namespace, so that it gets as far as the record.
+    bench.put("b", b"old").await.unwrap();
+    assert_eq!(class(old.step(write("ref", 3, b"", WriteAction::Commit)).await), "not found");
+    assert_eq!(bench.content.list(&context("a"), &[]).unwrap().len(), 0);
+    new.step(write("ref", 3, b"", WriteAction::Commit)).await.unwrap();
+
+    // It gives up its ingest, which is none any more.
+    let mut request = stat("full");
+    request.expected = digest(b"new").to_string();
+    assert_eq!(class(full.step(request).await), "already exists");
+    assert_eq!(bench.content.status(&context("a"), "full").await.unwrap().offset, 3);
+}
+
+#[tokio::test]
 async fn racing_writers_of_one_blob_all_end_well() {
     let bench = Bench::new();
     let bytes = vec![7; 500_000];
@@ -388,6 +480,78 @@ async fn commits_and_deletes_of_one_blob_never_lose_its_bytes() {
     assert_eq!(bench.ingests(), 0);
 }
 
+/// Holds the metadata's writer thread; what is queued until the sender is used or dropped is one group with it.
+fn hold(metadata: &Metadata) -> (std::sync::mpsc::Sender<()>, impl Future<Output = Result<()>>) {
+    let (leave, wait) = std::sync::mpsc::channel();
+    let held = metadata.commit(move |_| {
+        let _ = wait.recv();
+        Ok(())
+    });
+    (leave, held)
+}
+
+#[tokio::test]
+async fn a_file_stays_until_its_last_record_is_gone_on_disk() {
+    let bench = Bench::new();
+    let blobs = [bench.put("a", b"one").await.unwrap(), bench.put("a", b"two").await.unwrap()];
+    let other = bench.put("b", b"three").await.unwrap();
+    let (leave, held) = hold(&bench.metadata);
+    let gone = blobs.clone();
+    let delete = bench.metadata.commit(move |txn| {
+        gone.iter().try_for_each(|blob| txn.delete::<BlobRecord>(&["a", blob.as_str()]).map(drop))
+    });
+    let remove = bench.content.remove_unused(vec![blobs[0].clone(), blobs[1].clone(), other.clone()]);
+    let files = blobs.clone().map(|blob| bench.file(&blob));
+    // What a kill would find just before the deletion is on disk.
+    let before = bench.metadata.commit({
+        let files = files.clone();
+        move |_| Ok(files.map(|file| file.exists()))
+    });
+    // Queued in this order, as one group.
+    let go_on = async move { drop(leave) };
+    let (held, deleted, (), before, ()) = tokio::join!(held, delete, remove, before, go_on);
+    held.and(deleted).unwrap();
+    assert_eq!(before.unwrap(), [true, true], "a record on disk names a file that is gone");
+    assert_eq!(files.map(|file| file.exists()), [false, false]);
+    assert!(bench.file(&other).exists());
+}
+
+#[tokio::test]
+async fn a_blob_about_to_be_recorded_is_not_removed() {
+    let bench = Bench::new();
+    let mut writer = bench.content.writer(&context("a"), "ref".into(), 0, None).await.unwrap();
+    writer.write(b"data").unwrap();
+    let blob = digest(b"data");
+    let (leave, held) = hold(&bench.metadata);
+    let file = bench.file(&blob);
+    let meddle = async {
+        while !file.exists() {
+            tokio::task::yield_now().await;
+        }
+        // A removal that had begun before, and one that finds the pin.
+        std::fs::remove_file(&file).unwrap();
+        drop(leave);
+        bench.content.remove_unused(vec![blob.clone()]).await;
+    };
+    let (held, committed, ()) = tokio::join!(held, writer.commit(0, None, Labels::new()), meddle);
+    held.unwrap();
+    assert_eq!(committed.unwrap(), blob);
+    assert_eq!(bench.get("a", &blob, 0, 0).await.unwrap(), b"data");
+
+    // Without a record: the pin alone keeps it, for as long as it is there.
+    let mut writer = bench.content.writer(&context("a"), "ref".into(), 0, None).await.unwrap();
+    writer.write(b"more").unwrap();
+    let Data::Own(ingest) = writer.data else { panic!("shared") };
+    let finished = ingest.finish(0, None).unwrap();
+    finished.publish().unwrap();
+    let blob = finished.digest.clone();
+    bench.content.remove_unused(vec![blob.clone()]).await;
+    assert!(bench.file(&blob).exists());
+    drop(finished);
+    bench.content.remove_unused(vec![blob.clone()]).await;
+    assert!(!bench.file(&blob).exists());
+}
+
 #[tokio::test]
 async fn a_commit_cut_off_before_its_record_is_gone_on_with() {
     let bench = Bench::new();
@@ -446,6 +610,41 @@ async fn the_start_tidies_up() {
     assert_eq!(left.iter().map(|status| status.r#ref.as_str()).collect::<Vec<_>>(), ["leased", "new"]);
     assert_eq!(bench.ingests(), 2);
     assert!(!bench.dir.path().join(FOLDER).join("removed/half").exists());
+}
+
+#[tokio::test]
+async fn the_start_goes_on_past_what_is_damaged() {
+    let bench = Bench::new();
+    bench.session("a").step(write("bad", 0, b"x", WriteAction::Write)).await.unwrap();
+    bench.session("a").step(write("good", 0, b"x", WriteAction::Write)).await.unwrap();
+    let shared = bench.put("b", b"data").await.unwrap();
+    let mut expecting = stat("expired");
+    expecting.expected = shared.to_string();
+    bench.session("a").step(expecting).await.unwrap();
+    bench.content.delete(&context("b"), shared.clone()).await.unwrap();
+    bench
+        .metadata
+        .commit(|txn| {
+            let mut record = txn.get::<IngestRecord>(&["a", "expired"])?.unwrap();
+            record.expires_at = Some(SystemTime::UNIX_EPOCH.into());
+            txn.put(&["a", "expired"], &record)
+        })
+        .await
+        .unwrap();
+    // Its data cannot be looked at: the link leads to itself.
+    let bad = bench.metadata.view().get::<IngestRecord>(&["a", "bad"]).unwrap().unwrap();
+    let data = bench.content.store.ingest_folder(&bad.key).join("data");
+    std::fs::remove_file(&data).unwrap();
+    std::os::unix::fs::symlink("data", &data).unwrap();
+    let orphan = bench.file(&digest(b"orphan"));
+    std::fs::write(&orphan, "orphan").unwrap();
+    let bench = bench.restart();
+    assert_eq!(bench.session("a").step(stat("good")).await.unwrap().offset, 1);
+    assert!(orphan.exists(), "it may be containerd's");
+    assert!(!bench.file(&shared).exists(), "it was kept for an ingest that is over");
+    // It is there to be thrown away.
+    bench.content.abort(&context("a"), "bad".into()).await.unwrap();
+    assert_eq!(bench.ingests(), 1);
 }
 
 #[tokio::test]

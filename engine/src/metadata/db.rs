@@ -24,6 +24,8 @@ const CACHE_BYTES: u64 = 16 << 20;
 /// The most closures that share one sync.
 const GROUP_MAX: usize = 256;
 
+/// How long our own lock may outlive its file: a program that is being started has copies of all files until its exec.
+const FORK_LIMIT: Duration = Duration::from_millis(500);
 /// How long sled may take to let go of a database that was dropped.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -101,12 +103,13 @@ struct Shared {
     writer: Option<std::thread::JoinHandle<()>>,
 }
 
-/// One commit: runs the closure, and gives back how to answer its caller.
-type Job = Box<dyn FnOnce(&mut Transaction) -> Verdict + Send>;
+/// One commit: runs the closure, and gives back how to answer its caller. With an error in place of a transaction the
+/// closure does not run.
+type Job = Box<dyn FnOnce(Result<&mut Transaction>) -> Verdict + Send>;
 
 struct Verdict {
     write: bool,
-    /// Called once the group is on disk (or is known not to be).
+    /// Called once the group is on disk (or is known not to be, which is then the answer).
     answer: Box<dyn FnOnce(Result<()>)>,
 }
 
@@ -132,8 +135,8 @@ impl Metadata {
         View(Map::clone(&self.shared.published.load()))
     }
 
-    /// Runs the closure on the newest state, on the writer thread, and returns once what it wrote is on disk. When it
-    /// fails, nothing that it wrote stays. It must not block: everybody's commits wait behind it.
+    /// Runs the closure on the newest state, on the writer thread, and returns once what it wrote, and what it may have
+    /// read, is on disk. When it fails, nothing that it wrote stays. It must not block: everybody's commits wait behind it.
     pub async fn commit<T: Send + 'static>(
         &self,
         change: impl FnOnce(&mut Transaction) -> Result<T> + Send + 'static,
@@ -153,21 +156,7 @@ impl Metadata {
         &self,
         change: impl FnOnce(&mut Transaction) -> Result<T> + Send + 'static,
     ) -> oneshot::Receiver<Result<T>> {
-        let (sender, receiver) = oneshot::channel();
-        let job: Job = Box::new(move |transaction| match change(transaction) {
-            Ok(value) => Verdict {
-                write: true,
-                answer: Box::new(move |durable| {
-                    let _ = sender.send(durable.map(|()| value));
-                }),
-            },
-            Err(error) => Verdict {
-                write: false,
-                answer: Box::new(move |_| {
-                    let _ = sender.send(Err(error));
-                }),
-            },
-        });
+        let (job, receiver) = job(change);
         if let Some(queue) = &self.shared.queue {
             // A failed send drops the job and with it the sender: the receiver then says so.
             let _ = queue.send(job);
@@ -196,6 +185,23 @@ impl Metadata {
         })
         .map_err(|error| broken(error.to_string()))
     }
+}
+
+/// A closure as the writer takes it, and where its answer comes.
+fn job<T: Send + 'static>(
+    change: impl FnOnce(&mut Transaction) -> Result<T> + Send + 'static,
+) -> (Job, oneshot::Receiver<Result<T>>) {
+    let (sender, receiver) = oneshot::channel();
+    let job = Box::new(move |transaction: Result<&mut Transaction>| {
+        let result = transaction.and_then(change);
+        Verdict {
+            write: result.is_ok(),
+            answer: Box::new(move |durable| {
+                let _ = sender.send(durable.and(result));
+            }),
+        }
+    });
+    (job, receiver)
 }
 
 impl Drop for Shared {
@@ -228,7 +234,8 @@ impl Writer {
     fn run(mut self, jobs: &Receiver<Job>) {
         while let Ok(first) = jobs.recv() {
             if let Err(error) = self.ensure_open() {
-                self.refuse(first, &error);
+                // What is published may be behind what is on disk, so the closure does not even run.
+                (first(Err(error.clone())).answer)(Err(error));
                 continue;
             }
             self.group(first, jobs);
@@ -237,15 +244,16 @@ impl Writer {
 
     /// Runs what is queued, writes all of it as one batch, and answers.
     fn group(&mut self, first: Job, jobs: &Receiver<Job>) {
-        let mut map = Map::clone(&self.published.load());
+        let durable = Map::clone(&self.published.load());
+        let mut map = durable.clone();
         let mut batch = sled::Batch::default();
         let mut answers = Vec::new();
         let mut wrote = false;
         let mut next = Some(first);
         while let Some(job) = next.take() {
-            let mut transaction = Transaction::new(map.clone());
+            let mut transaction = Transaction::new(map.clone(), durable.clone());
             // A panic in a closure is that caller's defect (it sees its sender dropped), not the others' loss.
-            match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&mut transaction))) {
+            match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(Ok(&mut transaction)))) {
                 Ok(verdict) if verdict.write => {
                     wrote |= !transaction.writes.is_empty();
                     for (key, value) in transaction.writes {
@@ -257,6 +265,8 @@ impl Writer {
                     map = transaction.map;
                     answers.push(verdict.answer);
                 }
+                // It may have failed for what an earlier closure wrote, which is no answer before it is on disk.
+                Ok(verdict) if wrote => answers.push(verdict.answer),
                 Ok(verdict) => (verdict.answer)(Ok(())),
                 Err(_) => tracing::error!("a metadata commit panicked and was left out"),
             }
@@ -293,15 +303,6 @@ impl Writer {
         self.disk = Some(disk);
         Ok(())
     }
-
-    /// Answers a job with the reason why nothing can be written, without keeping what it would have written.
-    fn refuse(&self, job: Job, error: &Error) {
-        let mut transaction = Transaction::new(Map::clone(&self.published.load()));
-        if let Ok(verdict) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&mut transaction)))
-        {
-            (verdict.answer)(Err(error.clone()));
-        }
-    }
 }
 
 /// sled, with what it lacks.
@@ -327,10 +328,16 @@ impl Disk {
             .write(true)
             .open(&lock_path)
             .map_err(io("open", &lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => return Err(OpenError::InUse(dir.to_owned())),
-            Err(fs::TryLockError::Error(source)) => return Err(io("lock", &lock_path)(source)),
+        let deadline = Instant::now() + FORK_LIMIT;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                Err(fs::TryLockError::WouldBlock) => return Err(OpenError::InUse(dir.to_owned())),
+                Err(fs::TryLockError::Error(source)) => return Err(io("lock", &lock_path)(source)),
+            }
         }
         let path = dir.join("sled");
         for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
@@ -379,5 +386,47 @@ impl Disk {
         self.db.apply_batch(batch).map_err(to_io)?;
         self.db.flush().map_err(to_io)?;
         self.log.sync_data()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Read as _;
+    use super::super::namespaces::NamespaceRecord;
+    use super::*;
+
+    fn put(txn: &mut Transaction, name: &str) -> Result<()> {
+        txn.put(&[name], &NamespaceRecord::default())
+    }
+
+    /// A writer whose disk failed.
+    fn broken(dir: &Path) -> Writer {
+        Writer { dir: dir.to_owned(), disk: None, published: Arc::default() }
+    }
+
+    #[test]
+    fn an_error_drawn_from_what_was_never_written_is_not_told() {
+        let (queue, jobs) = mpsc::channel();
+        let (first, wrote) = job(|txn| put(txn, "a"));
+        let (second, failed) = job(|txn| -> Result<()> {
+            assert!(txn.has::<NamespaceRecord>(&["a"])? && !txn.durable().has::<NamespaceRecord>(&["a"])?);
+            Err(Error::already_exists("a"))
+        });
+        queue.send(second).unwrap();
+        broken(Path::new("/nowhere")).group(first, &jobs);
+        assert_eq!(failed.blocking_recv().unwrap(), Err(writer_gone()));
+        assert_eq!(wrote.blocking_recv().unwrap(), Err(writer_gone()));
+    }
+
+    #[test]
+    fn nothing_runs_on_a_state_that_may_be_old() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (queue, jobs) = mpsc::channel();
+        let (refused, answer) = job(|_| -> Result<()> { panic!("it ran") });
+        queue.send(refused).unwrap();
+        drop(queue);
+        // A file where the folder should be: it cannot be opened again.
+        broken(file.path()).run(&jobs);
+        assert!(matches!(answer.blocking_recv().unwrap(), Err(Error::Unavailable(_))));
     }
 }
