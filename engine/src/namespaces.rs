@@ -3,6 +3,7 @@
 use proto::containerd::events::{NamespaceCreate, NamespaceDelete, NamespaceUpdate};
 use proto::containerd::services::containers::v1::Container;
 use proto::containerd::services::images::v1::Image;
+use proto::containerd::types::Sandbox;
 
 use crate::context::Namespace;
 use crate::error::{Error, Result, outlive};
@@ -155,6 +156,7 @@ fn contents(txn: &Transaction, name: &str) -> Vec<String> {
         ("blobs", txn.any::<BlobRecord>(&[name])),
         ("ingests", txn.any::<IngestRecord>(&[name])),
         ("containers", txn.any::<Container>(&[name])),
+        ("sandboxes", txn.any::<Sandbox>(&[name])),
     ] {
         if any {
             held.push(what.to_owned());

@@ -167,10 +167,16 @@ mod tests {
         Sandbox { sandbox_id: id.into(), runtime: Some(runtime), labels, ..Sandbox::default() }
     }
 
+    async fn open(folder: &tempfile::TempDir) -> Sandboxes {
+        let folder = folder.path().join("metadata");
+        let metadata = tokio::task::spawn_blocking(move || Metadata::open(&folder).unwrap()).await.unwrap();
+        Sandboxes::new(metadata)
+    }
+
     #[tokio::test]
     async fn a_sandbox_through_its_life() {
         let folder = tempfile::tempdir().unwrap();
-        let sandboxes = Sandboxes::new(Metadata::open(&folder.path().join("metadata")).unwrap());
+        let sandboxes = open(&folder).await;
         let context = RequestContext::internal(Namespace::new("a").unwrap());
         let made = sandboxes.create(&context, sandbox("one")).await.unwrap();
         assert!(made.created_at.is_some());
@@ -208,7 +214,7 @@ mod tests {
     #[tokio::test]
     async fn bad_sandboxes_are_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let sandboxes = Sandboxes::new(Metadata::open(&folder.path().join("metadata")).unwrap());
+        let sandboxes = open(&folder).await;
         let context = RequestContext::internal(Namespace::new("a").unwrap());
         let bad = [
             sandbox(""),
