@@ -143,29 +143,34 @@ impl Connection {
         }
         // The deadline stays on this side: the crate would pass it on, and a Go shim kills a running runc when
         // its time is up, which leaves half a container.
-        let Ok(permit) = self.unanswered.clone().try_acquire_owned() else {
-            return Err(Error::unavailable(format!(
-                "call {service}/{method}: {UNANSWERED_MAX} calls are unanswered; is the peer stopped?"
-            )));
-        };
-        // In a task of its own: the crate closes the connection when a request is dropped in mid-write, which a
-        // caller that gives up must not cause.
-        let (this, running) = (self.clone(), permit);
-        let request = tokio::spawn(async move {
-            let _running = running;
-            this.request(envelope).await
-        });
-        let request = async { request.await.unwrap_or_else(|error| Err(Error::internal(error))) };
         let answer = match limit {
-            Some(limit) => tokio::time::timeout(limit, request).await.map_err(|_| {
-                Error::deadline_exceeded(format!("call {service}/{method}: no answer within {limit:?}"))
-            })?,
-            None => request.await,
+            Some(limit) => self.request_within(limit, &format!("call {service}/{method}"), envelope).await,
+            // Ends with its caller, and so with the connection: for waits.
+            None => self.request(envelope).await,
         };
         let answer = answer?;
         A::decode(answer.payload.as_slice()).map_err(|error| {
             Error::internal(format!("call {service}/{method}: the answer cannot be decoded: {error}"))
         })
+    }
+
+    async fn request_within(&self, limit: Duration, what: &str, envelope: Request) -> Result<Response> {
+        let Ok(running) = self.unanswered.clone().try_acquire_owned() else {
+            return Err(Error::unavailable(format!(
+                "{what}: {UNANSWERED_MAX} calls are unanswered; is the peer stopped?"
+            )));
+        };
+        // In a task of its own: the crate closes the connection when a request is dropped in mid-write, which a
+        // caller that gives up must not cause.
+        let this = self.clone();
+        let request = tokio::spawn(async move {
+            let _running = running;
+            this.request(envelope).await
+        });
+        match tokio::time::timeout(limit, request).await {
+            Ok(answered) => answered.unwrap_or_else(|error| Err(Error::internal(error))),
+            Err(_) => Err(Error::deadline_exceeded(format!("{what}: no answer within {limit:?}"))),
+        }
     }
 
     async fn request(&self, envelope: Request) -> Result<Response> {
