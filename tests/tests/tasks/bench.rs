@@ -52,33 +52,14 @@ pub(crate) struct Bench {
     path: Option<PathBuf>,
 }
 
-/// Why these tests cannot run here, if they cannot.
-pub(crate) fn missing() -> Option<String> {
-    if !nix::unistd::geteuid().is_root() {
-        return Some("needs root".into());
-    }
-    ["/usr/sbin/runc", "/usr/bin/busybox", STOCK_SHIM]
-        .into_iter()
-        .find(|path| !Path::new(path).exists())
-        .map(|path| format!("needs {path}"))
+/// Whether these tests can run here; what is missing is said.
+pub(crate) fn ready() -> bool {
+    tests::ready(&[tests::host::RUNC, tests::image::BUSYBOX, STOCK_SHIM])
 }
 
-/// The shims to test with: Debian's, and ours when it is built.
+/// The shims to test with: Debian's and ours.
 pub(crate) fn shims() -> Vec<String> {
-    let ours = built("containerd-shim-runc-v2");
-    let mut shims = vec![STOCK_SHIM.to_owned()];
-    if ours.exists() {
-        shims.push(ours.display().to_string());
-    } else {
-        println!("skipped for our own shim: {} is not built", ours.display());
-    }
-    shims
-}
-
-/// A binary of this workspace, in the folder the tests were built to.
-fn built(name: &str) -> PathBuf {
-    let exe = std::env::current_exe().unwrap();
-    exe.ancestors().nth(2).unwrap().join(name)
+    vec![STOCK_SHIM.to_owned(), tests::binary("containerd-shim-runc-v2").display().to_string()]
 }
 
 /// Whether the engine under test is ours.
@@ -153,7 +134,8 @@ impl Bench {
 
     /// Starts the engine and waits until it answers and its events arrive.
     pub(crate) async fn start_engine(&mut self) {
-        let binary = std::env::var_os("GANTRY_TEST_ENGINE").map_or_else(|| built("gantryd"), PathBuf::from);
+        let binary =
+            std::env::var_os("GANTRY_TEST_ENGINE").map_or_else(|| tests::binary("gantryd"), PathBuf::from);
         assert!(binary.exists(), "{} is not there: build it first (cargo build)", binary.display());
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path("engine.log")).unwrap();
         let mut command = Command::new(binary);

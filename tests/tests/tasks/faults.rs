@@ -9,7 +9,7 @@ use proto::containerd::services::tasks::v1::GetRequest;
 use proto::containerd::v1::types::Status;
 use tonic::Code;
 
-use crate::bench::{Bench, STOCK_SHIM, eventually, is_ours, missing, refused};
+use crate::bench::{Bench, STOCK_SHIM, eventually, is_ours, ready, refused};
 use crate::with_each_shim;
 
 with_each_shim! {
@@ -176,8 +176,7 @@ async fn refused_by_script(name: &str, script: &str) -> String {
 
 macro_rules! unless_missing {
     () => {
-        if let Some(reason) = missing() {
-            println!("skipped: {reason}");
+        if !ready() {
             return;
         }
     };
