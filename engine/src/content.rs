@@ -183,19 +183,27 @@ impl Content {
                     if !txn.delete::<BlobRecord>(&[key.as_str(), blob.as_str()])? {
                         return Err(missing(&blob));
                     }
+                    txn.release();
                     leave_lease(txn, &context, leases::CONTENT, blob.as_str())
                 })
                 .await?;
             this.events.publish(&namespace, "/content/delete", &ContentDelete { digest: digest.to_string() });
-            this.remove_unused(digest).await;
+            this.remove_unused(vec![digest]).await;
             Ok(())
         })
         .await
     }
 
+    /// Removes the files of those of these blobs that no record names.
+    pub(crate) async fn remove_unused(&self, digests: Vec<Digest>) {
+        for digest in digests {
+            self.remove_unused_blob(digest).await;
+        }
+    }
+
     /// Removes the file of a blob that no record names. That nobody needs it holds on the metadata's writer thread, so
     /// that is where it is taken out of the store.
-    async fn remove_unused(&self, digest: Digest) {
+    async fn remove_unused_blob(&self, digest: Digest) {
         let store = self.store.clone();
         let taken = self.metadata.commit(move |txn| {
             let namespaces = txn.list::<NamespaceRecord>(&[]);
@@ -317,11 +325,46 @@ impl Content {
             let store = this.store.clone();
             blocking(move || store.remove_ingest(&record.key)).await?;
             if let Ok(digest) = record.shared.parse::<Digest>() {
-                this.remove_unused(digest).await;
+                this.remove_unused(vec![digest]).await;
             }
             Ok(())
         })
         .await
+    }
+
+    /// The blobs in the store that no record names: what is left of a removal that a kill cut off, or about to be committed.
+    pub(crate) async fn unknown_blobs(&self) -> Vec<Digest> {
+        let (store, view) = (self.store.clone(), self.metadata.view());
+        let found = blocking(move || {
+            let mut blobs = store.blobs()?;
+            for (parts, _) in view.list::<BlobRecord>(&[]) {
+                if let Some(Ok(digest)) = parts.last().map(|digest| digest.parse()) {
+                    blobs.remove(&digest);
+                }
+            }
+            Ok(blobs.into_iter().collect())
+        });
+        found.await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "blobs that no record names could not be looked for");
+            Vec::new()
+        })
+    }
+
+    /// Removes the files of ingests whose records are deleted, from under their writers too. Blobs that they shared are
+    /// not looked at.
+    pub(crate) async fn remove_ingests(&self, keys: Vec<String>) {
+        let store = self.store.clone();
+        let removed = blocking(move || {
+            for key in keys {
+                if let Err(error) = store.remove_ingest(&key) {
+                    tracing::warn!(key, %error, "an ingest without a record is left for the next start");
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = removed.await {
+            tracing::warn!(%error, "ingests without records are left for the next start");
+        }
     }
 
     /// Whether this namespace has the blob; if so, the caller's lease now holds it.
@@ -555,7 +598,7 @@ impl Writer {
             Ok(exists) => exists,
             Err(error) => {
                 // The ingest still has the data; the store shall not have a blob that nobody knows.
-                content.remove_unused(digest).await;
+                content.remove_unused(vec![digest]).await;
                 return Err(error);
             }
         };

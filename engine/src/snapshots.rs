@@ -152,7 +152,7 @@ impl Snapshots {
             for parts in dangling {
                 if let [namespace, name, key @ ..] = &parts[..] {
                     let key = key.join("\0");
-                    delete_record(txn, namespace, name, &key)?;
+                    forget(txn, namespace, name, &key)?;
                 }
             }
             Ok(())
@@ -403,10 +403,11 @@ impl Snapshots {
                             "snapshot {key:?} cannot be removed: others are stacked on it; remove these first"
                         )));
                     }
-                    let record = delete_record(txn, namespace, &name, &key)?.ok_or_else(|| missing(&key))?;
+                    let record = forget(txn, namespace, &name, &key)?.ok_or_else(|| missing(&key))?;
                     if let Some(lease) = context.lease() {
                         txn.delete::<LeaseResource>(&[namespace, lease, &resource_type(&name), &key])?;
                     }
+                    txn.release();
                     Ok(record)
                 })
                 .await?;
@@ -415,6 +416,30 @@ impl Snapshots {
             Ok(())
         })
         .await
+    }
+
+    /// Removes snapshots whose records are deleted: snapshotters' names, and the keys that they know.
+    pub(crate) async fn remove_collected(&self, removed: Vec<(String, String)>) {
+        let this = self.clone();
+        let done = blocking(move || {
+            let mut left = removed;
+            // Those on top have to go first, and which these are the records do not say any more.
+            loop {
+                let before = left.len();
+                left.retain(|(name, inner)| match this.snapshotters.get(name) {
+                    Some(opened) => opened.snapshotter.remove(inner).is_err(),
+                    None => true,
+                });
+                if left.is_empty() || left.len() == before {
+                    return Ok(left);
+                }
+            }
+        });
+        if let Ok(left) = done.await
+            && !left.is_empty()
+        {
+            tracing::warn!(keys = ?left, "snapshots without a record are left for the next start");
+        }
     }
 
     /// What is known of a snapshot.
@@ -561,7 +586,7 @@ fn end_commit(txn: &mut Transaction, namespace: &str, name: &str, inner: &str, d
     if active.is_none_or(|active| active.inner != intent.inner) {
         return Ok(Ended::Gone);
     }
-    let Some(mut record) = delete_record(txn, namespace, name, &intent.key)? else { return Ok(Ended::Gone) };
+    let Some(mut record) = forget(txn, namespace, name, &intent.key)? else { return Ok(Ended::Gone) };
     if !intent.lease.is_empty() {
         txn.delete::<LeaseResource>(&[namespace, &intent.lease, &resource_type(name), &intent.key])?;
     }
@@ -593,7 +618,7 @@ fn put_record(
 }
 
 /// Within a commit: deletes a record, and that its parent has this child; what was recorded, if anything.
-fn delete_record(
+pub(crate) fn forget(
     txn: &mut Transaction,
     namespace: &str,
     name: &str,

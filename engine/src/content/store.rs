@@ -114,6 +114,20 @@ impl Store {
         }
     }
 
+    /// All blobs.
+    pub(super) fn blobs(&self) -> Result<HashSet<Digest>> {
+        let root = self.root.join("blobs");
+        let failed = |error: io::Error| Error::io("read folder", &root, &error);
+        let mut blobs = HashSet::new();
+        for folder in std::fs::read_dir(&root).map_err(failed)?.flatten() {
+            for file in std::fs::read_dir(folder.path()).map_err(failed)?.flatten() {
+                let name = format!("{}:{}", folder.file_name().display(), file.file_name().display());
+                blobs.extend(name.parse::<Digest>());
+            }
+        }
+        Ok(blobs)
+    }
+
     fn ingest_folder(&self, key: &str) -> PathBuf {
         self.root.join("ingest").join(Digest::sha256_of(key.as_bytes()).hex())
     }
