@@ -46,7 +46,7 @@ use crate::context::{Namespace, RequestContext};
 use crate::error::{Error, Result, blocking};
 use crate::events::Exchange;
 use crate::metadata::namespaces::NamespaceRecord;
-use crate::metadata::{Metadata, Mutations, Read};
+use crate::metadata::{Metadata, Mutations, Read, View};
 use crate::snapshots::Snapshots;
 
 /// The longest time after a change until a collection.
@@ -334,27 +334,7 @@ impl Collector {
         let now = SystemTime::now();
         let of = view.clone();
         let (marked, turn) = blocking(move || Ok(mark_all(&of, now))).await?;
-        let removed = if marked.is_empty() {
-            Vec::new()
-        } else {
-            self.metadata
-                .commit(move |txn| {
-                    let changes = txn.changes_since(&view);
-                    let mut by_namespace: BTreeMap<&str, Vec<&[String]>> = BTreeMap::new();
-                    for key in &changes {
-                        if let [_, namespace, ..] = &key[..] {
-                            by_namespace.entry(namespace).or_default().push(key);
-                        }
-                    }
-                    let mut removed = Vec::with_capacity(marked.len());
-                    for marked in marked {
-                        let changes = by_namespace.remove(marked.namespace()).unwrap_or_default();
-                        removed.push(marked.remove(txn, &changes, now)?);
-                    }
-                    Ok(removed)
-                })
-                .await?
-        };
+        let removed = if marked.is_empty() { Vec::new() } else { self.remove(view, marked, now).await? };
         let records = began.elapsed();
         let mut collected = count(&removed);
         // Its own commit is no reason for another collection.
@@ -364,6 +344,31 @@ impl Collector {
         collected.took = began.elapsed();
         tracing::debug!(?collected, "garbage collected");
         Ok(Outcome { collected, records, seen, turn })
+    }
+
+    /// Deletes the records of what is still unmarked.
+    async fn remove(&self, view: View, mut marked: Vec<Marked>, now: SystemTime) -> Result<Vec<Removed>> {
+        let (removed, marked) = self
+            .metadata
+            .commit(move |txn| {
+                let changes = txn.changes_since(&view);
+                let mut by_namespace: BTreeMap<&str, Vec<&[String]>> = BTreeMap::new();
+                for key in &changes {
+                    if let [_, namespace, ..] = &key[..] {
+                        by_namespace.entry(namespace).or_default().push(key);
+                    }
+                }
+                let mut removed = Vec::with_capacity(marked.len());
+                for marked in &mut marked {
+                    let changes = by_namespace.remove(marked.namespace()).unwrap_or_default();
+                    removed.push(marked.remove(txn, &changes, now)?);
+                }
+                Ok((removed, (marked, view)))
+            })
+            .await?;
+        // To let go of large graphs takes longer than what the writer had to do with them, and longer than the reactor has.
+        tokio::task::spawn_blocking(move || drop(marked));
+        Ok(removed)
     }
 
     /// Says what went, as if each had been deleted by itself.

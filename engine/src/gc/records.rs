@@ -128,9 +128,9 @@ impl Marked {
     }
 
     /// Within a commit: deletes what is still unmarked once `changes` count as roots, the keys of this namespace's records
-    /// that are not as they were marked.
+    /// that are not as they were marked. Once only; what remains is to be dropped elsewhere, since that takes long, too.
     pub(super) fn remove(
-        mut self,
+        &mut self,
         txn: &mut Transaction,
         changes: &[&[String]],
         now: SystemTime,
@@ -141,15 +141,15 @@ impl Marked {
         }
         self.graph.spare(&mut self.marks, &roots);
         let mut removed = Removed {
-            namespace: self.namespace,
+            namespace: self.namespace.clone(),
             content: Vec::new(),
             snapshots: Vec::new(),
             images: Vec::new(),
             leases: Vec::new(),
             ingests: Vec::new(),
         };
-        for id in self.unmarked.into_iter().filter(|id| !self.marks.has(*id)) {
-            removed.delete(txn, self.graph.node(id))?;
+        for id in self.unmarked.iter().filter(|id| !self.marks.has(**id)) {
+            removed.delete(txn, self.graph.node(*id))?;
         }
         Ok(removed)
     }

@@ -572,7 +572,7 @@ async fn what_changes_between_the_marking_and_the_removal_is_spared() {
     bench.commit(|txn| txn.put(&[NAMESPACE, "l"], &Lease::default())).await;
     let metadata = &bench.collector.metadata;
     let view = metadata.view();
-    let (marked, _) = mark_all(&view, *NOW);
+    let (mut marked, _) = mark_all(&view, *NOW);
     assert_eq!(marked.len(), 1);
     // Meanwhile: an image over the parent, a snapshot upon the base.
     let name = parent.to_string();
@@ -583,7 +583,7 @@ async fn what_changes_between_the_marking_and_the_removal_is_spared() {
         .commit(move |txn| {
             let changes = txn.changes_since(&view);
             let changes: Vec<&[String]> = changes.iter().map(Vec::as_slice).collect();
-            marked.into_iter().next().unwrap().remove(txn, &changes, *NOW)
+            marked[0].remove(txn, &changes, *NOW)
         })
         .await;
     assert_eq!(removed.content, [other.to_string()]);
@@ -592,14 +592,14 @@ async fn what_changes_between_the_marking_and_the_removal_is_spared() {
     // A lease takes what nothing held.
     bench.commit(|txn| txn.delete::<SnapshotRecord>(&[NAMESPACE, "native", "active"])).await;
     let view = metadata.view();
-    let (marked, _) = mark_all(&view, *NOW);
+    let (mut marked, _) = mark_all(&view, *NOW);
     let namespace = Namespace::new(NAMESPACE).unwrap();
     bench.commit(move |txn| leases::add_resource(txn, &namespace, "l", "snapshots/native", "base")).await;
     let removed = bench
         .commit(move |txn| {
             let changes = txn.changes_since(&view);
             let changes: Vec<&[String]> = changes.iter().map(Vec::as_slice).collect();
-            marked.into_iter().next().unwrap().remove(txn, &changes, *NOW)
+            marked[0].remove(txn, &changes, *NOW)
         })
         .await;
     assert!(removed.snapshots.is_empty(), "{removed:?}");
