@@ -55,6 +55,7 @@ enum Command {
     Content(commands::content::Command),
     #[command(visible_alias = "event")]
     Events(commands::events::Events),
+    Gc(commands::gc::Gc),
     /// Manage images
     #[command(subcommand, visible_aliases = ["image", "i"])]
     Images(commands::images::Command),
@@ -105,6 +106,7 @@ impl Cli {
             Command::Containers(command) => command.run(client).await,
             Command::Content(command) => command.run(client).await,
             Command::Events(command) => command.run(client).await,
+            Command::Gc(command) => command.run(client).await,
             Command::Images(command) => command.run(client).await,
             Command::Info(command) => command.run(client).await,
             Command::Leases(command) => command.run(client).await,
@@ -180,6 +182,9 @@ mod tests {
             "ctr content get DIGEST",
             "ctr content ingest --expected-digest DIGEST --expected-size 3 ref",
             "ctr events topic==/tasks/exit",
+            "ctr gc --format json",
+            "ctr gc --explain DIGEST",
+            "ctr gc --explain key --snapshotter native",
             "ctr ns create n a=b",
             "ctr namespaces rm -c n",
             "ctr leases create --id x -x 1h a=b",
@@ -208,6 +213,7 @@ mod tests {
             "ctr run --memory-limit lots img id",
             "ctr --timeout soon version",
             "ctr images rm",
+            "ctr gc --snapshotter native",
             "ctr tasks exec id ls",
             "ctr tasks kill --exec-id e -a id",
             "ctr nothing",

@@ -18,6 +18,7 @@ use proto::containerd::services::namespaces::v1::namespaces_client::NamespacesCl
 use proto::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
 use proto::containerd::services::tasks::v1::tasks_client::TasksClient;
 use proto::containerd::services::version::v1::version_client::VersionClient;
+use proto::gantry::gc::v1::gc_client::GcClient;
 use tokio::net::UnixStream;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
@@ -72,6 +73,7 @@ impl Client {
         content: ContentClient,
         diff: DiffClient,
         events: EventsClient,
+        gc: GcClient,
         images: ImagesClient,
         introspection: IntrospectionClient,
         leases: LeasesClient,

@@ -9,17 +9,21 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::gc;
+
 /// Where the configuration is looked for when no flag names it; it need not be there.
 pub const DEFAULT_PATH: &str = "/etc/gantry/config.toml";
 /// The configuration versions that are read.
 const VERSIONS: std::ops::RangeInclusive<i64> = 2..=4;
 /// The default size of the largest gRPC message, in bytes.
 const MESSAGE_BYTES: usize = 16 << 20;
+/// The plugin whose settings say when garbage is collected.
+const SCHEDULER: &str = "io.containerd.gc.v1.scheduler";
 /// How deep imports may import.
 const IMPORT_DEPTH: usize = 8;
 
 /// What the engine runs with. Every path is absolute.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// Durable state.
     pub root: PathBuf,
@@ -41,6 +45,8 @@ pub struct Config {
     pub log_json: bool,
     /// The engine's own oom_score_adj, if it is to be set (0 leaves it).
     pub oom_score: i32,
+    /// When garbage is collected.
+    pub gc: gc::Settings,
     /// Settings of containerd that were found and have no effect here.
     pub ignored: Vec<String>,
 }
@@ -135,6 +141,42 @@ struct Metrics {
     grpc_histogram: bool,
 }
 
+/// The section of [`SCHEDULER`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct SchedulerSection {
+    pause_threshold: f64,
+    deletion_threshold: i64,
+    mutation_threshold: i64,
+    schedule_delay: String,
+    startup_delay: String,
+}
+
+impl Default for SchedulerSection {
+    fn default() -> Self {
+        let gc::Settings {
+            pause_threshold,
+            deletion_threshold,
+            mutation_threshold,
+            schedule_delay,
+            startup_delay,
+        } = gc::Settings::default();
+        SchedulerSection {
+            pause_threshold,
+            deletion_threshold: deletion_threshold.try_into().unwrap_or(0),
+            mutation_threshold: mutation_threshold.try_into().unwrap_or(0),
+            schedule_delay: format!("{}ms", schedule_delay.as_millis()),
+            startup_delay: format!("{}ms", startup_delay.as_millis()),
+        }
+    }
+}
+
+/// The plugins that have settings here, with their defaults.
+fn default_plugins() -> toml::Table {
+    let section = toml::Value::try_from(SchedulerSection::default());
+    section.into_iter().map(|section| (SCHEDULER.to_owned(), section)).collect()
+}
+
 impl Default for File {
     fn default() -> Self {
         File {
@@ -153,7 +195,7 @@ impl Default for File {
             metrics: Metrics::default(),
             cgroup: toml::Table::new(),
             timeouts: toml::Table::new(),
-            plugins: toml::Table::new(),
+            plugins: default_plugins(),
             proxy_plugins: toml::Table::new(),
             stream_processors: toml::Table::new(),
         }
@@ -370,7 +412,30 @@ fn resolve(file: &File) -> anyhow::Result<Config> {
         log_level,
         log_json,
         oom_score: file.oom_score,
+        gc: scheduler(&file.plugins)?,
         ignored: ignored(file),
+    })
+}
+
+fn scheduler(plugins: &toml::Table) -> anyhow::Result<gc::Settings> {
+    let Some(section) = plugins.get(SCHEDULER) else { return Ok(gc::Settings::default()) };
+    let section: SchedulerSection =
+        section.clone().try_into().with_context(|| format!("plugins.{SCHEDULER:?}"))?;
+    let duration = |name: &str, text: &str| match text {
+        // As in containerd: what is less than nothing is nothing.
+        text if text.starts_with('-') => Ok(std::time::Duration::ZERO),
+        text => gc::parse_duration(text).with_context(|| {
+            format!(
+                "plugins.{SCHEDULER:?}: {name} is {text:?}, which is not a duration; write 100ms or 1m30s"
+            )
+        }),
+    };
+    Ok(gc::Settings {
+        pause_threshold: section.pause_threshold,
+        deletion_threshold: section.deletion_threshold.try_into().unwrap_or(0),
+        mutation_threshold: section.mutation_threshold.try_into().unwrap_or(0),
+        schedule_delay: duration("schedule_delay", &section.schedule_delay)?,
+        startup_delay: duration("startup_delay", &section.startup_delay)?,
     })
 }
 
@@ -395,7 +460,10 @@ fn ignored(file: &File) -> Vec<String> {
     ];
     for (name, table) in tables {
         ignored.extend(
-            table.iter().filter(|(_, value)| !is_empty(value)).map(|(key, _)| format!("{name}.{key}")),
+            table
+                .iter()
+                .filter(|(key, value)| *key != SCHEDULER && !is_empty(value))
+                .map(|(key, _)| format!("{name}.{key}")),
         );
     }
     if file.metrics.grpc_histogram {
@@ -445,6 +513,28 @@ mod tests {
     }
 
     #[test]
+    fn the_collector_is_set_as_containerds() {
+        let config = from_text(
+            "version = 2\n[plugins.'io.containerd.gc.v1.scheduler']\npause_threshold = 0\nmutation_threshold = -1\n\
+             schedule_delay = '1.5s'\nstartup_delay = '-3s'\n",
+        )
+        .unwrap();
+        assert_eq!(
+            config.gc,
+            gc::Settings {
+                pause_threshold: 0.0,
+                mutation_threshold: 0,
+                schedule_delay: std::time::Duration::from_millis(1500),
+                startup_delay: std::time::Duration::ZERO,
+                ..gc::Settings::default()
+            }
+        );
+        assert!(config.ignored.is_empty());
+        assert_eq!(from_text("version = 2\n[plugins]\n").unwrap().gc, gc::Settings::default());
+        assert!(default_file().unwrap().contains("startup_delay = \"100ms\""));
+    }
+
+    #[test]
     fn mistakes_are_named() {
         for (text, words) in [
             ("version = 3\nrooot = '/x'", "rooot"),
@@ -456,6 +546,8 @@ mod tests {
             ("version = 3\nroot = '/run/gantry'", "different"),
             ("version = 3\n[debug]\nlevel = 'loud'", "loud"),
             ("version = 3\n[metrics]\naddress = 'nowhere'", "nowhere"),
+            ("version = 3\n[plugins.'io.containerd.gc.v1.scheduler']\nstartup_delay = 'soon'", "soon"),
+            ("version = 3\n[plugins.'io.containerd.gc.v1.scheduler']\npauses = 1", "pauses"),
             ("version = ", "configuration"),
         ] {
             let error = format!("{:#}", from_text(text).unwrap_err());

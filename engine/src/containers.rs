@@ -127,9 +127,12 @@ impl Containers {
         outlive(async move {
             let (key, name) = (namespace.clone(), id.clone());
             this.metadata
-                .commit(move |txn| match txn.delete::<Container>(&[key.as_str(), &name])? {
-                    true => Ok(()),
-                    false => Err(missing(&name)),
+                .commit(move |txn| {
+                    if !txn.delete::<Container>(&[key.as_str(), &name])? {
+                        return Err(missing(&name));
+                    }
+                    txn.release();
+                    Ok(())
                 })
                 .await?;
             this.events.publish(&namespace, "/containers/delete", &ContainerDelete { id });

@@ -129,8 +129,7 @@ impl Content {
 
     /// What cannot be looked at or removed is left with a line in the log: the engine starts all the same.
     ///
-    /// Files of blobs that no record names stay: the folder may be one that containerd has filled, opened with metadata
-    /// that know nothing of it yet.
+    /// Files of blobs that no record names are the collector's to remove, after the start.
     fn tidy(
         &self,
         ingests: Vec<(Vec<String>, IngestRecord)>,
@@ -230,6 +229,7 @@ impl Content {
                     if !txn.delete::<BlobRecord>(&[key.as_str(), blob.as_str()])? {
                         return Err(missing(&blob));
                     }
+                    txn.release();
                     leave_lease(txn, &context, leases::CONTENT, blob.as_str())
                 })
                 .await?;
@@ -375,6 +375,41 @@ impl Content {
             Ok(())
         })
         .await
+    }
+
+    /// The blobs in the store that no record names: what is left of a removal that a kill cut off, or about to be committed.
+    pub(crate) async fn unknown_blobs(&self) -> Vec<Digest> {
+        let (store, view) = (self.store.clone(), self.metadata.view());
+        let found = blocking(move || {
+            let mut blobs = store.blobs()?;
+            for (parts, _) in view.list::<BlobRecord>(&[]) {
+                if let Some(Ok(digest)) = parts.last().map(|digest| digest.parse()) {
+                    blobs.remove(&digest);
+                }
+            }
+            Ok(blobs.into_iter().collect())
+        });
+        found.await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "blobs that no record names could not be looked for");
+            Vec::new()
+        })
+    }
+
+    /// Removes the files of ingests whose records are deleted, from under their writers too. Blobs that they shared are
+    /// not looked at.
+    pub(crate) async fn remove_ingests(&self, keys: Vec<String>) {
+        let store = self.store.clone();
+        let removed = blocking(move || {
+            for key in keys {
+                if let Err(error) = store.remove_ingest(&key) {
+                    tracing::warn!(key, %error, "an ingest without a record is left for the next start");
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = removed.await {
+            tracing::warn!(%error, "ingests without records are left for the next start");
+        }
     }
 
     /// Whether this namespace has the blob; if so, the caller's lease now holds it.

@@ -19,7 +19,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::api::{
-    containers, content, diff, events, images, introspection, leases, namespaces, sandboxes, shim_events,
+    containers, content, diff, events, gc, images, introspection, leases, namespaces, sandboxes, shim_events,
     snapshots, tasks, version,
 };
 use crate::config::Config;
@@ -27,6 +27,7 @@ use crate::containers::Containers;
 use crate::content::Content;
 use crate::diff::Diff;
 use crate::events::Exchange;
+use crate::gc::{Gc, Scheduler};
 use crate::images::Images;
 use crate::introspection::{Introspection, plugin, skipped};
 use crate::leases::Leases;
@@ -58,11 +59,13 @@ pub struct Daemon {
     containers: Containers,
     content: Content,
     diff: Diff,
+    gc: Gc,
     images: Images,
     introspection: Introspection,
     leases: Leases,
     namespaces: Namespaces,
     sandboxes: Sandboxes,
+    scheduler: Scheduler,
     snapshots: Snapshots,
     tasks: Tasks,
 }
@@ -112,6 +115,13 @@ impl Daemon {
         })
         .await?
         .and_then(|(metadata, events, content, snapshots, diff, tasks, introspection)| {
+            let (gc, scheduler) = Gc::new(
+                config.gc.clone(),
+                metadata.clone(),
+                events.clone(),
+                content.clone(),
+                snapshots.clone(),
+            );
             Ok(Daemon {
                 config: config.clone(),
                 grpc: serving::bind(&config.grpc)?,
@@ -125,7 +135,9 @@ impl Daemon {
                 events,
                 content,
                 diff,
+                gc,
                 introspection,
+                scheduler,
                 snapshots,
                 tasks,
             })
@@ -141,6 +153,7 @@ impl Daemon {
         let shims = tokio::spawn(shim_events::serve(self.ttrpc, self.tasks.clone()));
         // Before clients are served, so that none sees a container whose task is not there yet.
         self.tasks.restore().await;
+        let scheduler = tokio::spawn(self.scheduler.run());
         if let Some(address) = self.config.metrics {
             serve_metrics(address, self.metrics.clone()).await?;
         }
@@ -183,14 +196,17 @@ impl Daemon {
                 tasks: self.tasks.clone(),
             })))
             .add_service(sized!(api::images::v1::images_server::ImagesServer::new(images::Service {
-                images: self.images
+                images: self.images,
+                gc: self.gc.clone(),
             })))
             .add_service(sized!(api::introspection::v1::introspection_server::IntrospectionServer::new(
                 introspection::Service { introspection: self.introspection }
             )))
             .add_service(sized!(api::leases::v1::leases_server::LeasesServer::new(leases::Service {
-                leases: self.leases
+                leases: self.leases,
+                gc: self.gc.clone(),
             })))
+            .add_service(sized!(proto::gantry::gc::v1::gc_server::GcServer::new(gc::Service { gc: self.gc })))
             .add_service(sized!(api::namespaces::v1::namespaces_server::NamespacesServer::new(
                 namespaces::Service { namespaces: self.namespaces }
             )))
@@ -234,6 +250,8 @@ impl Daemon {
             server.abort();
         }
         shims.abort();
+        // In the middle of a collection, too: what it leaves undone is done by the next one.
+        scheduler.abort();
         for socket in &sockets {
             let _ = std::fs::remove_file(socket);
         }
@@ -270,6 +288,7 @@ fn plugins(config: &Config, content_root: &Path, snapshots: &Snapshots) -> Vec<P
     let metadata = config.root.join(METADATA_FOLDER);
     plugins.push(plugin("io.containerd.metadata.v1", "sled", &[("root", metadata)], &[]));
     plugins.push(plugin("io.containerd.event.v1", "exchange", &[], &[]));
+    plugins.push(plugin("io.containerd.gc.v1", "scheduler", &[], &[]));
     plugins.push(plugin("io.containerd.differ.v1", "walking", &[], &[]));
     let tasks = config.state.join("io.containerd.runtime.v2.task");
     plugins.push(plugin("io.containerd.runtime.v2", "task", &[("state", tasks)], &[]));

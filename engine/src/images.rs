@@ -136,6 +136,7 @@ impl Images {
                         )));
                     }
                     txn.delete::<Image>(&key)?;
+                    txn.release();
                     Ok(())
                 })
                 .await?;

@@ -59,6 +59,7 @@ impl Leases {
                 if !txn.delete::<Lease>(&[namespace.as_str(), &id])? {
                     return Err(missing(&id));
                 }
+                txn.release();
                 txn.delete_all::<LeaseResource>(&[namespace.as_str(), &id])
             })
             .await
@@ -105,6 +106,7 @@ impl Leases {
                     return Err(missing(&id));
                 }
                 txn.delete::<LeaseResource>(&[namespace.as_str(), &id, &resource.r#type, &resource.id])?;
+                txn.release();
                 Ok(())
             })
             .await

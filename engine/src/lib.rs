@@ -1,7 +1,7 @@
 //! The engine of Gantry: metadata, content, snapshots, tasks and events behind containerd's gRPC API.
 //!
 //! The rooms, from the outside in: `api` (one file per gRPC service: decode, call, encode), the domain
-//! (`containers`, `images`, `leases`, `namespaces`, `content`, `snapshots`, `diff`, `tasks`, `events`), and `metadata`,
+//! (`containers`, `images`, `leases`, `namespaces`, `content`, `snapshots`, `diff`, `tasks`, `events`, `gc`), and `metadata`,
 //! the one place that opens the database. Calls only descend. `daemon` wires it all by hand, top to bottom.
 
 pub mod api;
@@ -14,6 +14,7 @@ pub mod diff;
 pub mod error;
 pub mod events;
 pub mod filters;
+pub mod gc;
 pub mod images;
 pub mod introspection;
 pub mod labels;

@@ -35,6 +35,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use db::{Metadata, OpenError};
+use imbl::ordmap::DiffItem;
 
 use crate::error::{Error, Result};
 
@@ -78,13 +79,10 @@ pub trait Read {
     /// Every record whose key begins with these parts, in order of the keys, each with its remaining parts.
     /// A record that cannot be decoded is logged and left out: one bad record never hides the rest.
     fn list<R: Record>(&self, leading: &[&str]) -> Vec<(Vec<String>, R)> {
-        let Ok(mut prefix) = encode_key(R::TABLE, leading) else { return Vec::new() };
-        prefix.push(0);
         let mut records = Vec::new();
-        for (key, value) in self.map().range::<_, [u8]>(from(&prefix)) {
-            let Some(rest) = key.strip_prefix(&prefix[..]) else { break };
-            match decode(key, value) {
-                Ok(record) => records.push((split_key(rest), record)),
+        for (parts, decoded) in decoded(self.map(), leading) {
+            match decoded {
+                Ok(record) => records.push((parts, record)),
                 Err(error) => tracing::error!(%error, "a metadata record is set aside"),
             }
         }
@@ -97,6 +95,11 @@ pub trait Read {
         prefix.push(0);
         let keys = self.map().range::<_, [u8]>(from(&prefix)).map(|(key, _)| key.strip_prefix(&prefix[..]));
         keys.map_while(|rest| rest.map(split_key)).collect()
+    }
+
+    /// The same, but DataLoss when one cannot be decoded: for whom a record left out would pass for a deleted one.
+    fn list_all<R: Record>(&self, leading: &[&str]) -> Result<Vec<(Vec<String>, R)>> {
+        decoded(self.map(), leading).into_iter().map(|(parts, record)| Ok((parts, record?))).collect()
     }
 
     /// Whether any record's key begins with these parts.
@@ -122,6 +125,16 @@ pub struct Transaction {
     map: Map,
     durable: Map,
     writes: Vec<Write>,
+    released: bool,
+}
+
+/// How much has been committed since the database was opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Mutations {
+    /// Commits that wrote anything.
+    pub(crate) commits: u64,
+    /// Those of them that let go of something; see [`Transaction::release`].
+    pub(crate) releases: u64,
 }
 
 impl Read for Transaction {
@@ -130,15 +143,41 @@ impl Read for Transaction {
     }
 }
 
+impl Mutations {
+    /// What has come to it since an earlier count.
+    pub(crate) fn since(self, earlier: &Mutations) -> Mutations {
+        Mutations {
+            commits: self.commits.saturating_sub(earlier.commits),
+            releases: self.releases.saturating_sub(earlier.releases),
+        }
+    }
+}
+
 impl Transaction {
     fn new(map: Map, durable: Map) -> Self {
-        Transaction { map, durable, writes: Vec::new() }
+        Transaction { map, durable, writes: Vec::new(), released: false }
     }
 
     /// The state that is on disk: what the closures before this one wrote in the same group is not in it. For what
     /// cannot be taken back when the group fails or the engine is killed, such as the removal of a file.
     pub fn durable(&self) -> View {
         View(self.durable.clone())
+    }
+
+    /// Says that this change let go of something that it may have been the last to hold: a collection is due.
+    pub(crate) fn release(&mut self) {
+        self.released = true;
+    }
+
+    /// The keys, table first, of the records that are here and are not the same in `view`: made or changed since. Parts of
+    /// the state that nothing touched are shared with the view and cost nothing.
+    pub(crate) fn changes_since(&self, view: &View) -> Vec<Vec<String>> {
+        let mut keys = Vec::new();
+        for change in view.0.diff(&self.map) {
+            let (DiffItem::Add(key, _) | DiffItem::Update { new: (key, _), .. }) = change else { continue };
+            keys.push(split_key(key));
+        }
+        keys
     }
 
     /// Writes a record, new or in the place of the one with this key.
@@ -209,6 +248,16 @@ impl Transaction {
         self.map.insert(key.clone(), value.clone());
         self.writes.push((key, Some(value)));
     }
+}
+
+/// The records whose keys begin with these parts, each with its remaining parts.
+fn decoded<R: Record>(map: &Map, leading: &[&str]) -> Vec<(Vec<String>, Result<R>)> {
+    let Ok(mut prefix) = encode_key(R::TABLE, leading) else { return Vec::new() };
+    prefix.push(0);
+    map.range::<_, [u8]>(from(&prefix))
+        .map_while(|(key, value)| Some((key, key.strip_prefix(&prefix[..])?, value)))
+        .map(|(key, rest, value)| (split_key(rest), decode(key, value)))
+        .collect()
 }
 
 fn encode_key(table: &str, parts: &[&str]) -> Result<Vec<u8>> {

@@ -88,7 +88,10 @@ impl Sandboxes {
         let namespace = context.namespace()?.clone();
         self.metadata
             .commit(move |txn| match txn.delete::<Sandbox>(&[namespace.as_str(), &id])? {
-                true => Ok(()),
+                true => {
+                    txn.release();
+                    Ok(())
+                }
                 false => Err(missing(&id)),
             })
             .await

@@ -409,6 +409,7 @@ impl Snapshots {
                     if let Some(lease) = context.lease() {
                         txn.delete::<LeaseResource>(&[namespace, lease, &resource_type(&name), &key])?;
                     }
+                    txn.release();
                     Ok(record)
                 })
                 .await?;

@@ -1,10 +1,11 @@
-//! The wire: containerd's API and the CRI, as messages, gRPC clients and gRPC servers.
+//! The wire: containerd's API, the CRI, and our own additions to them (packages `gantry.*`), as messages, gRPC clients and
+//! gRPC servers.
 //!
 //! Modules follow the protobuf packages: `containerd.services.tasks.v1` is [`containerd::services::tasks::v1`],
 //! the CRI's `runtime.v1` is `runtime::v1`. Each service has a `<name>_client` and a `<name>_server` module. The
 //! `.proto` files beside this crate say what every field means.
 //!
-//! Invariant: names, numbers and types are containerd's; only the words around them are ours. There is no I/O
+//! Invariant: names, numbers and types of `containerd.*` are containerd's; only the words around them are ours. There is no I/O
 //! here and no behaviour beyond conversions, so every other crate may depend on this one.
 //!
 //! What generation adds to plain prost and tonic:

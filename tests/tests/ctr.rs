@@ -42,6 +42,7 @@ fn help_version_and_mistakes() {
         "snapshots",
         "content",
         "events",
+        "gc",
         "namespaces",
         "leases",
         "plugins",

@@ -286,9 +286,9 @@ fn snapshots_are_managed(host: &Host) {
 fn content_is_managed(host: &Host) {
     let ctr = host.stock_ctr();
     host.import();
+    // Two layers, a config, a manifest; the index too until it is collected, with what else nothing holds.
+    wait_for("a collection after the import", || ctr.ok(&["content", "ls", "-q"]).lines().count() == 4);
     let digests = ctr.ok(&["content", "ls", "-q"]);
-    // Two layers, a config, a manifest; the index too until it is collected.
-    assert!(digests.lines().count() >= 4, "{digests}");
     for digest in digests.lines() {
         let blob = ctr.command(&["content", "get", digest]).output().unwrap();
         if !blob.status.success() {

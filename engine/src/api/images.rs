@@ -8,12 +8,15 @@ use tonic::{Request, Response, Status};
 
 use super::{mask, required};
 use crate::context::RequestContext;
+use crate::gc::Gc;
 use crate::images::Images;
 
 /// The service over the domain's images.
 pub struct Service {
     /// The domain.
     pub images: Images,
+    /// What a synchronous deletion waits for.
+    pub gc: Gc,
 }
 
 #[tonic::async_trait]
@@ -57,6 +60,9 @@ impl api::images_server::Images for Service {
     async fn delete(&self, request: Request<DeleteImageRequest>) -> Result<Response<()>, Status> {
         let (context, request) = RequestContext::split(request)?;
         self.images.delete(&context, request.name, request.target).await?;
+        if request.sync {
+            self.gc.collect().await?;
+        }
         Ok(Response::new(()))
     }
 }

@@ -8,12 +8,15 @@ use tonic::{Request, Response, Status};
 
 use super::required;
 use crate::context::RequestContext;
+use crate::gc::Gc;
 use crate::leases::Leases;
 
 /// The service over the domain's leases.
 pub struct Service {
     /// The domain.
     pub leases: Leases,
+    /// What a synchronous deletion waits for.
+    pub gc: Gc,
 }
 
 #[tonic::async_trait]
@@ -27,6 +30,9 @@ impl api::leases_server::Leases for Service {
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<()>, Status> {
         let (context, request) = RequestContext::split(request)?;
         self.leases.delete(&context, request.id).await?;
+        if request.sync {
+            self.gc.collect().await?;
+        }
         Ok(Response::new(()))
     }
 

@@ -20,7 +20,7 @@
 //! [`Store::sync_name`] was called. A blob's file that is pinned stays. Everything here blocks: callers stay off the
 //! reactor.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -189,6 +189,20 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io("remove", &from, &error)),
         }
+    }
+
+    /// All blobs.
+    pub(super) fn blobs(&self) -> Result<HashSet<Digest>> {
+        let root = self.root.join("blobs");
+        let failed = |error: io::Error| Error::io("read folder", &root, &error);
+        let mut blobs = HashSet::new();
+        for folder in std::fs::read_dir(&root).map_err(failed)?.flatten() {
+            for file in std::fs::read_dir(folder.path()).map_err(failed)?.flatten() {
+                let name = format!("{}:{}", folder.file_name().display(), file.file_name().display());
+                blobs.extend(name.parse::<Digest>());
+            }
+        }
+        Ok(blobs)
     }
 
     pub(super) fn ingest_folder(&self, key: &str) -> PathBuf {

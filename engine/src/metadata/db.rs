@@ -12,9 +12,9 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
-use super::{MIGRATIONS, Map, SCHEMA_VERSION, Transaction, View};
+use super::{MIGRATIONS, Map, Mutations, SCHEMA_VERSION, Transaction, View};
 use crate::error::{Error, Result};
 
 /// Key of the schema's version; it sorts apart from every table, since those keys go on with a NUL.
@@ -98,6 +98,7 @@ pub struct Metadata {
 
 struct Shared {
     published: Arc<ArcSwap<Map>>,
+    mutations: watch::Receiver<Mutations>,
     // Both are there until the drop, which closes the queue before it waits for the thread.
     queue: Option<Sender<Job>>,
     writer: Option<std::thread::JoinHandle<()>>,
@@ -119,13 +120,20 @@ impl Metadata {
         let disk = Disk::open(dir)?;
         let published = Arc::new(ArcSwap::from_pointee(disk.load()?));
         let (queue, jobs) = mpsc::channel();
-        let writer = Writer { dir: dir.to_owned(), disk: Some(disk), published: published.clone() };
+        let (counter, mutations) = watch::channel(Mutations::default());
+        let writer = Writer {
+            dir: dir.to_owned(),
+            disk: Some(disk),
+            published: published.clone(),
+            mutations: counter,
+        };
         let thread =
             std::thread::Builder::new().name("metadata".into()).spawn(move || writer.run(&jobs)).map_err(
                 |source| OpenError::Io { what: "start the writer thread of", path: dir.to_owned(), source },
             )?;
-        let metadata =
-            Metadata { shared: Arc::new(Shared { published, queue: Some(queue), writer: Some(thread) }) };
+        let metadata = Metadata {
+            shared: Arc::new(Shared { published, mutations, queue: Some(queue), writer: Some(thread) }),
+        };
         metadata.migrate(dir)?;
         Ok(metadata)
     }
@@ -133,6 +141,11 @@ impl Metadata {
     /// The state after the last commit that is on disk.
     pub fn view(&self) -> View {
         View(Map::clone(&self.shared.published.load()))
+    }
+
+    /// The count of commits, to look at or to wait for. What it counts is in a view taken after it was read.
+    pub(crate) fn mutations(&self) -> watch::Receiver<Mutations> {
+        self.shared.mutations.clone()
     }
 
     /// Runs the closure on the newest state, on the writer thread, and returns once what it wrote, and what it may have
@@ -228,6 +241,7 @@ struct Writer {
     /// None after a failed write, until it could be opened again.
     disk: Option<Disk>,
     published: Arc<ArcSwap<Map>>,
+    mutations: watch::Sender<Mutations>,
 }
 
 impl Writer {
@@ -249,6 +263,7 @@ impl Writer {
         let mut batch = sled::Batch::default();
         let mut answers = Vec::new();
         let mut wrote = false;
+        let mut count = Mutations::default();
         let mut next = Some(first);
         while let Some(job) = next.take() {
             let mut transaction = Transaction::new(map.clone(), durable.clone());
@@ -256,6 +271,8 @@ impl Writer {
             match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(Ok(&mut transaction)))) {
                 Ok(verdict) if verdict.write => {
                     wrote |= !transaction.writes.is_empty();
+                    count.commits += u64::from(!transaction.writes.is_empty());
+                    count.releases += u64::from(transaction.released);
                     for (key, value) in transaction.writes {
                         match value {
                             Some(value) => batch.insert(&key[..], &value[..]),
@@ -277,6 +294,10 @@ impl Writer {
         let durable = if wrote { self.write(batch) } else { Ok(()) };
         if durable.is_ok() && wrote {
             self.published.store(Arc::new(map));
+            self.mutations.send_modify(|all| {
+                all.commits += count.commits;
+                all.releases += count.releases;
+            });
         }
         for answer in answers {
             answer(durable.clone());
@@ -401,7 +422,12 @@ mod tests {
 
     /// A writer whose disk failed.
     fn broken(dir: &Path) -> Writer {
-        Writer { dir: dir.to_owned(), disk: None, published: Arc::default() }
+        Writer {
+            dir: dir.to_owned(),
+            disk: None,
+            published: Arc::default(),
+            mutations: watch::Sender::default(),
+        }
     }
 
     #[test]
