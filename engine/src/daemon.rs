@@ -34,6 +34,7 @@ use crate::leases::Leases;
 use crate::metadata::Metadata;
 use crate::metrics::Metrics;
 use crate::namespaces::Namespaces;
+use crate::restart::Restart;
 use crate::sandboxes::Sandboxes;
 use crate::serving::{self, Observe};
 use crate::snapshots::Snapshots;
@@ -64,6 +65,7 @@ pub struct Daemon {
     introspection: Introspection,
     leases: Leases,
     namespaces: Namespaces,
+    restart: Restart,
     sandboxes: Sandboxes,
     scheduler: Scheduler,
     snapshots: Snapshots,
@@ -122,12 +124,20 @@ impl Daemon {
                 content.clone(),
                 snapshots.clone(),
             );
+            let containers = Containers::new(metadata.clone(), events.clone());
+            let restart = Restart::new(
+                metadata.clone(),
+                events.clone(),
+                containers.clone(),
+                snapshots.clone(),
+                tasks.clone(),
+            );
             Ok(Daemon {
                 config: config.clone(),
                 grpc: serving::bind(&config.grpc)?,
                 ttrpc: serving::bind(&config.ttrpc)?,
                 metrics: Metrics::default(),
-                containers: Containers::new(metadata.clone(), events.clone()),
+                containers,
                 images: Images::new(metadata.clone(), events.clone()),
                 leases: Leases::new(metadata.clone()),
                 sandboxes: Sandboxes::new(metadata.clone()),
@@ -137,6 +147,7 @@ impl Daemon {
                 diff,
                 gc,
                 introspection,
+                restart,
                 scheduler,
                 snapshots,
                 tasks,
@@ -154,6 +165,7 @@ impl Daemon {
         // Before clients are served, so that none sees a container whose task is not there yet.
         self.tasks.restore().await;
         let scheduler = tokio::spawn(self.scheduler.run());
+        let restart = tokio::spawn(self.restart.run());
         if let Some(address) = self.config.metrics {
             serve_metrics(address, self.metrics.clone()).await?;
         }
@@ -252,6 +264,7 @@ impl Daemon {
         shims.abort();
         // In the middle of a collection, too: what it leaves undone is done by the next one.
         scheduler.abort();
+        restart.abort();
         for socket in &sockets {
             let _ = std::fs::remove_file(socket);
         }
@@ -289,6 +302,8 @@ fn plugins(config: &Config, content_root: &Path, snapshots: &Snapshots) -> Vec<P
     plugins.push(plugin("io.containerd.metadata.v1", "sled", &[("root", metadata)], &[]));
     plugins.push(plugin("io.containerd.event.v1", "exchange", &[], &[]));
     plugins.push(plugin("io.containerd.gc.v1", "scheduler", &[], &[]));
+    let policies = ["no", "always", "on-failure", "unless-stopped"];
+    plugins.push(plugin("io.containerd.monitor.container.v1", "restart", &[], &policies));
     plugins.push(plugin("io.containerd.differ.v1", "walking", &[], &[]));
     let tasks = config.state.join("io.containerd.runtime.v2.task");
     plugins.push(plugin("io.containerd.runtime.v2", "task", &[("state", tasks)], &[]));

@@ -44,6 +44,8 @@ struct Subscriber {
     filter: Filter,
     queue: mpsc::Sender<Arc<Envelope>>,
     overrun: Arc<AtomicBool>,
+    /// Whether it is a client's, and not a part of the engine.
+    client: bool,
 }
 
 /// One subscriber's stream; dropping it ends the subscription.
@@ -87,10 +89,19 @@ impl Exchange {
 
     /// Events from now on that pass any of the filters (`topic`, `namespace`, `event.FIELD`).
     pub fn subscribe(&self, filters: &[String]) -> Result<Subscription> {
+        self.add(filters, true)
+    }
+
+    /// The same for a part of the engine: what only such a part heard, no client could hear.
+    pub fn watch(&self, filters: &[String]) -> Result<Subscription> {
+        self.add(filters, false)
+    }
+
+    fn add(&self, filters: &[String], client: bool) -> Result<Subscription> {
         let filter = Filter::parse_all(filters)?;
         let (sender, queue) = mpsc::channel(QUEUE_MAX);
         let overrun = Arc::new(AtomicBool::new(false));
-        let subscriber = Subscriber { filter, queue: sender, overrun: overrun.clone() };
+        let subscriber = Subscriber { filter, queue: sender, overrun: overrun.clone(), client };
         let mut state = self.state.lock();
         if state.held.iter().flatten().all(|envelope| subscriber.offer(envelope)) {
             state.subscribers.push(subscriber);
@@ -104,7 +115,7 @@ impl Exchange {
         // Under the lock, so that all see one order; nothing in here waits.
         let mut state = self.state.lock();
         state.subscribers.retain(|subscriber| subscriber.offer(&envelope));
-        if state.subscribers.is_empty()
+        if !state.subscribers.iter().any(|subscriber| subscriber.client)
             && let Some(held) = &mut state.held
             && held.len() < QUEUE_MAX
         {
@@ -267,12 +278,14 @@ mod tests {
         exchange.hold();
         exchange.publish(&ns, "/tasks/start", &start("c1"));
         exchange.publish(&ns, "/tasks/exit", &TaskExit::default());
+        let mut watched = exchange.watch(&[]).unwrap();
         let mut starts = exchange.subscribe(&[r#"topic=="/tasks/start""#.into()]).unwrap();
         exchange.publish(&ns, "/tasks/start", &start("c2"));
         let mut all = exchange.subscribe(&[]).unwrap();
         exchange.release();
         let mut late = exchange.subscribe(&[]).unwrap();
         exchange.publish(&ns, "/tasks/start", &start("c3"));
+        assert!(watched.next().await.unwrap().is_ok());
         let mut ids = Vec::new();
         for _ in 0..3 {
             let event = starts.next().await.unwrap().unwrap();

@@ -23,6 +23,7 @@ pub mod metadata;
 pub mod metrics;
 pub mod namespaces;
 pub mod publish;
+pub mod restart;
 pub mod sandboxes;
 pub mod serving;
 pub mod snapshots;
