@@ -155,8 +155,10 @@ impl Daemon {
         })
     }
 
-    /// Serves until SIGTERM or SIGINT.
-    pub async fn run(self) -> anyhow::Result<()> {
+    /// Serves until SIGTERM or SIGINT. At SIGHUP it calls `reload`, which reads the configuration again and applies what can
+    /// change while the engine runs.
+    pub async fn run(self, reload: &dyn Fn() -> anyhow::Result<Config>) -> anyhow::Result<()> {
+        let mut hang_up = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
         let sockets = [self.config.grpc.path.clone(), self.config.ttrpc.path.clone()];
@@ -245,15 +247,20 @@ impl Daemon {
         // Where systemd waits for it; nothing happens elsewhere.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
-        let outcome = tokio::select! {
-            _ = terminate.recv() => Ok(()),
-            _ = interrupt.recv() => Ok(()),
-            ended = &mut server => Err(match ended {
-                Ok(Ok(())) => anyhow::anyhow!("the gRPC server ended by itself"),
-                Ok(Err(error)) => anyhow::Error::new(error).context("the gRPC server failed"),
-                Err(error) => anyhow::Error::new(error).context("the gRPC server failed"),
-            }),
+        let watchdog = tokio::spawn(feed_watchdog());
+        let outcome = loop {
+            tokio::select! {
+                _ = terminate.recv() => break Ok(()),
+                _ = interrupt.recv() => break Ok(()),
+                _ = hang_up.recv() => report_reload(&self.config, reload()),
+                ended = &mut server => break Err(match ended {
+                    Ok(Ok(())) => anyhow::anyhow!("the gRPC server ended by itself"),
+                    Ok(Err(error)) => anyhow::Error::new(error).context("the gRPC server failed"),
+                    Err(error) => anyhow::Error::new(error).context("the gRPC server failed"),
+                }),
+            }
         };
+        watchdog.abort();
         if outcome.is_ok() {
             tracing::info!("stopping; containers go on");
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
@@ -269,6 +276,35 @@ impl Daemon {
             let _ = std::fs::remove_file(socket);
         }
         outcome
+    }
+}
+
+/// Says what a reload came to. A file that cannot be read, or with a mistake, changes nothing.
+fn report_reload(old: &Config, reloaded: anyhow::Result<Config>) {
+    match reloaded {
+        Ok(new) => {
+            let rest = Config { log_level: old.log_level, ..new.clone() };
+            tracing::info!(log_level = %new.log_level, "configuration read again");
+            if rest != *old {
+                tracing::warn!(
+                    "settings other than the log level have changed; they take effect at the next start"
+                );
+            }
+        }
+        Err(error) => tracing::error!("configuration not read again, all stays as it is: {error:#}"),
+    }
+}
+
+/// Tells systemd, where it asks for it, that the engine is alive: twice in the time it allows, and only while the
+/// runtime gets to it.
+async fn feed_watchdog() {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return };
+    let mut interval = tokio::time::interval(limit / 2);
+    loop {
+        interval.tick().await;
+        if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]) {
+            tracing::warn!(%error, "cannot reach systemd's watchdog");
+        }
     }
 }
 

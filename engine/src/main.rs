@@ -100,7 +100,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let GlobalFlags { config, address, root, state, log_level } = cli.flags;
     let flags = Flags { config, address, root, state, log_level };
     match cli.command {
-        None => serve(&Config::resolve(&flags)?),
+        None => serve(&flags),
         Some(Command::Config(ConfigCommand::Default)) => print_text(&config::default_file()?),
         Some(Command::Config(ConfigCommand::Dump)) => print_text(&config::dump(&flags)?),
         Some(Command::Config(ConfigCommand::Migrate)) => print_text(&config::migrate(&flags)?),
@@ -116,13 +116,19 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-fn serve(config: &Config) -> anyhow::Result<()> {
+fn serve(flags: &Flags) -> anyhow::Result<()> {
+    let config = &Config::resolve(flags)?;
     if !rustix::process::geteuid().is_root() {
         anyhow::bail!("gantryd must run as root: it makes mounts, namespaces and cgroups; try sudo gantryd");
     }
-    log_to_stderr(config);
+    let set_level = log_to_stderr(config);
+    let reload = || {
+        let config = Config::resolve(flags)?;
+        set_level(&config)?;
+        Ok(config)
+    };
     let runtime = runtime()?;
-    let outcome = runtime.block_on(async { Daemon::build(config).await?.run().await });
+    let outcome = runtime.block_on(async { Daemon::build(config).await?.run(&reload).await });
     // A disk that hangs is not to keep the engine from ending; what is acknowledged is on disk already.
     runtime.shutdown_timeout(SHUTDOWN_LIMIT);
     outcome
@@ -136,16 +142,20 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .context("cannot start the async runtime")
 }
 
-fn log_to_stderr(config: &Config) {
+/// Begins to log; what changes the level later.
+fn log_to_stderr(config: &Config) -> impl Fn(&Config) -> anyhow::Result<()> + use<> {
     use tracing_subscriber::filter::Targets;
     use tracing_subscriber::prelude::*;
     // At debug and trace, the libraries below say too much for anyone but their authors.
-    let ours = Targets::new()
-        .with_default(config.log_level.min(tracing::Level::INFO))
-        .with_target("engine", config.log_level)
-        .with_target("gantryd", config.log_level)
-        .with_target("shim_api", config.log_level)
-        .with_target("snapshotter", config.log_level);
+    let targets = |config: &Config| {
+        Targets::new()
+            .with_default(config.log_level.min(tracing::Level::INFO))
+            .with_target("engine", config.log_level)
+            .with_target("gantryd", config.log_level)
+            .with_target("shim_api", config.log_level)
+            .with_target("snapshotter", config.log_level)
+    };
+    let (ours, handle) = tracing_subscriber::reload::Layer::new(targets(config));
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     let registry = tracing_subscriber::registry().with(ours);
     if config.log_json {
@@ -153,6 +163,7 @@ fn log_to_stderr(config: &Config) {
     } else {
         registry.with(layer).init();
     }
+    move |config| handle.reload(targets(config)).context("cannot change the log level")
 }
 
 fn move_metadata(config: &Config, command: &MetadataCommand) -> anyhow::Result<()> {

@@ -45,6 +45,18 @@ pub struct Host {
     child: Option<Child>,
 }
 
+/// Keeps an engine's log in the folder that GANTRY_KEEP_LOGS names, under the name of the test's file.
+pub fn keep_log(log: &str) {
+    let Some(folder) = std::env::var_os("GANTRY_KEEP_LOGS") else { return };
+    let exe = std::env::current_exe().unwrap();
+    let name = exe.file_name().unwrap().to_string_lossy();
+    let name = name.rsplit_once('-').map_or(&*name, |(name, _)| name).to_owned();
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let path = Path::new(&folder).join(format!("{name}.{}.{number}.log", std::process::id()));
+    fs::create_dir_all(&folder).and_then(|()| fs::write(path, log)).unwrap();
+}
+
 /// The usual search path, with the folder of our binaries first or not.
 fn search_path(ours_first: bool) -> String {
     let usual = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -139,7 +151,11 @@ impl Host {
             Kind::Gantry => {
                 let mut command = Command::new(binary("gantryd"));
                 command.arg("--root").arg(self.root()).arg("--state").arg(self.state());
-                command.arg("--address").arg(self.address()).args(["--log-level", "debug"]);
+                command.arg("--address").arg(self.address());
+                // A configuration says its own level.
+                if !self.arguments.iter().any(|argument| argument == "--config") {
+                    command.args(["--log-level", "debug"]);
+                }
                 command
             }
             Kind::Containerd => {
@@ -276,6 +292,7 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        keep_log(&self.log());
         if std::thread::panicking() {
             let log = self.log();
             let tail: Vec<&str> = log.lines().rev().take(25).collect();

@@ -288,3 +288,29 @@ fn a_stop_is_quick_and_leaves_containers_alone() {
     ctr.ok(&["containers", "rm", "c"]);
     host.assert_nothing_left();
 }
+
+#[test]
+fn a_reload_changes_the_log_level_and_survives_a_mistake() {
+    if !ready(&PROGRAMS) {
+        return;
+    }
+    let mut host = Host::new(tests::host::Kind::Gantry);
+    let config = host.folder().join("reload.toml");
+    fs::write(&config, "version = 2\n[debug]\nlevel = \"info\"\n").unwrap();
+    host.arguments = vec!["--config".into(), config.to_str().unwrap().into()];
+    host.start();
+    let ctr = host.stock_ctr();
+    let reload = |level: &str, more: &str| {
+        fs::write(&config, format!("version = 2\n{more}\n[debug]\nlevel = \"{level}\"\n")).unwrap();
+        kill(Pid::from_raw(host.pid()), Signal::SIGHUP).unwrap();
+    };
+    reload("debug", "");
+    wait_for("the reload", || host.log().contains("configuration read again"));
+    ctr.ok(&["namespaces", "ls"]);
+    wait_for("a line of the new level", || host.log().contains("Namespaces/List"));
+    reload("info", "oom_score = nonsense");
+    wait_for("the refusal", || host.log().contains("configuration not read again"));
+    reload("info", "[grpc]\nmax_recv_message_size = 33554432");
+    wait_for("the warning", || host.log().contains("at the next start"));
+    ctr.ok(&["version"]);
+}

@@ -555,6 +555,7 @@ fn processes(passes: impl Fn(&[String]) -> bool) -> Vec<i32> {
 
 impl Drop for Bench {
     fn drop(&mut self) {
+        tests::host::keep_log(&self.log());
         if std::thread::panicking() {
             let log = self.log();
             let tail: Vec<&str> = log.lines().rev().take(60).collect();
