@@ -154,6 +154,8 @@ impl Drop for Docker {
         for mount in left::mounts(&self.path("")).iter().rev() {
             let _ = umount2(mount.as_str(), MntFlags::MNT_DETACH);
         }
+        // What dockerd leaves of builds, empty.
+        left::remove_empty_parents("docker");
     }
 }
 
