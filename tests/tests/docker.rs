@@ -155,6 +155,7 @@ impl Drop for Docker {
             let _ = umount2(mount.as_str(), MntFlags::MNT_DETACH);
         }
         // What dockerd leaves of builds, empty.
+        left::remove_empty_parents("docker/buildkit");
         left::remove_empty_parents("docker");
     }
 }
