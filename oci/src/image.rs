@@ -4,10 +4,12 @@
 //! the digest of their bytes, so nothing re-writes one: whoever stores a document stores the bytes it came as.
 //!
 //! Invariant: a document is an index or a manifest, never both. [`kind_of`] refuses what could
-//! be read as either, since two readers could then see two images under one digest.
+//! be read as either, since two readers could then see two images under one digest; for the same reason it refuses names
+//! that only readers which ignore case (Go's) take for ours.
 
 use std::collections::BTreeMap;
 
+use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
@@ -284,6 +286,14 @@ pub enum ImageError {
     },
 }
 
+/// Whether a label of this name steers an engine (a logger to run, what a collection spares): neither an image nor a pod is an
+/// authority, so that none of their labels becomes one of a container's.
+pub fn is_reserved_label(key: &str) -> bool {
+    ["containerd.io/", "io.containerd.", "io.cri-containerd.", "io.kubernetes.cri.", "gantry."]
+        .iter()
+        .any(|prefix| key.starts_with(prefix))
+}
+
 /// Only what tells the documents apart.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -293,20 +303,122 @@ struct Outline {
     #[serde(default)]
     media_type: Option<String>,
     #[serde(default)]
-    manifests: Option<serde::de::IgnoredAny>,
+    manifests: Option<IgnoredAny>,
     #[serde(default)]
-    config: Option<serde::de::IgnoredAny>,
+    config: Option<IgnoredAny>,
     #[serde(default)]
-    layers: Option<serde::de::IgnoredAny>,
+    layers: Option<IgnoredAny>,
     #[serde(default, rename = "fsLayers")]
-    fs_layers: Option<serde::de::IgnoredAny>,
+    fs_layers: Option<IgnoredAny>,
+}
+
+/// The names that documents and their descriptors have.
+const NAMES: [&str; 20] = [
+    "schemaVersion",
+    "mediaType",
+    "manifests",
+    "config",
+    "layers",
+    "fsLayers",
+    "subject",
+    "annotations",
+    "artifactType",
+    "digest",
+    "size",
+    "urls",
+    "data",
+    "platform",
+    "os",
+    "architecture",
+    "variant",
+    "os.version",
+    "os.features",
+    "features",
+];
+
+/// A part of a document of which no object has a name that is one of [`NAMES`] but for the case of its letters.
+struct Exact;
+
+/// The name of something in a document, and not one of [`NAMES`] in other letters.
+struct Name(String);
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Name, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        if NAMES.contains(&name.as_str()) {
+            return Ok(Name(name));
+        }
+        // Both ways, as Go does: the long s and the Kelvin sign are an s and a k there.
+        let folded: String = name.chars().flat_map(char::to_uppercase).flat_map(char::to_lowercase).collect();
+        match NAMES.iter().find(|ours| ours.eq_ignore_ascii_case(&folded)) {
+            None => Ok(Name(name)),
+            Some(ours) => Err(serde::de::Error::custom(format_args!(
+                "the name {name:?} is {ours:?} for readers that ignore the case of letters, and for them alone"
+            ))),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Exact {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Exact, D::Error> {
+        deserializer.deserialize_any(Exact)
+    }
+}
+
+impl<'de> Visitor<'de> for Exact {
+    type Value = Exact;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a part of an image document")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Exact, A::Error> {
+        while let Some(Name(name)) = map.next_key()? {
+            if ["manifests", "config", "layers", "subject", "platform"].contains(&name.as_str()) {
+                map.next_value::<Exact>()?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Exact, A::Error> {
+        while list.next_element::<Exact>()?.is_some() {}
+        Ok(self)
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Exact, E> {
+        Ok(self)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Exact, E> {
+        Ok(self)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Exact, E> {
+        Ok(self)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Exact, E> {
+        Ok(self)
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<Exact, E> {
+        Ok(self)
+    }
+
+    fn visit_unit<E>(self) -> Result<Exact, E> {
+        Ok(self)
+    }
 }
 
 /// Tells an index from a manifest by what the document holds, and refuses what could be both.
 pub fn kind_of(bytes: &[u8]) -> Result<Kind, ImageError> {
     check_size("image document", bytes, MANIFEST_LIMIT)?;
-    let outline: Outline = serde_json::from_slice(bytes)
-        .map_err(|source| ImageError::Json { what: "image document", source })?;
+    let unreadable = |source| ImageError::Json { what: "image document", source };
+    serde_json::from_slice::<Exact>(bytes).map_err(unreadable)?;
+    let outline: Outline = serde_json::from_slice(bytes).map_err(unreadable)?;
     match outline.schema_version {
         None | Some(2) => {}
         Some(other) => return Err(ImageError::SchemaVersion(other)),
@@ -477,6 +589,38 @@ mod tests {
         assert!(matches!(kind_of(&vec![b' '; 5 << 20]), Err(ImageError::TooLarge { .. })));
         let negative = format!(r#"{{"schemaVersion":2,"manifests":[{{"digest":"{d}","size":-1}}]}}"#);
         assert!(Index::parse(negative.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn a_name_in_other_letters_is_refused() {
+        let (d, other) = (digest(0), digest(1));
+        let manifest = |more: &str| {
+            format!(r#"{{"schemaVersion":2,"config":{{"digest":"{d}","size":1}},"layers":[]{more}}}"#)
+        };
+        let index = |entry: &str| {
+            format!(
+                r#"{{"schemaVersion":2,"manifests":[{{"digest":"{d}","size":1{entry}}}],"annotations":{{"Digest":"x"}}}}"#
+            )
+        };
+        // What is not ours, and what people name as they like, may be in any letters.
+        assert_eq!(kind_of(manifest(r#","Future":{"Layers":1}"#).as_bytes()).unwrap(), Kind::Manifest);
+        let free = r#","annotations":{"Size":"1"},"platform":{"os":"linux","architecture":"amd64"},"x":[true,-1,1.5,null,"s"]"#;
+        assert_eq!(kind_of(index(free).as_bytes()).unwrap(), Kind::Index);
+        for hostile in [
+            manifest(r#","Manifests":[]"#),
+            manifest(r#","manife\u017fts":[]"#),
+            manifest(r#","LAYERS":null"#),
+            manifest(r#","MediaType":"application/vnd.oci.image.index.v1+json""#),
+            index(&format!(r#","Digest":"{other}""#)),
+            index(r#","platform":{"OS":"windows","os":"linux","architecture":"amd64"}"#),
+            format!(r#"{{"schemaVersion":2,"manifests":[],"Config":{{"digest":"{d}","size":1}}}}"#),
+        ] {
+            let error = kind_of(hostile.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains("ignore the case of letters"), "{hostile}: {error}");
+            assert!(
+                Manifest::parse(hostile.as_bytes()).is_err() && Index::parse(hostile.as_bytes()).is_err()
+            );
+        }
     }
 
     #[test]

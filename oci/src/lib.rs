@@ -11,6 +11,8 @@ pub mod image;
 pub mod platform;
 pub mod reference;
 pub mod runtime;
+pub mod seccomp;
+pub mod signal;
 pub mod spec;
 pub mod user;
 

@@ -276,11 +276,14 @@ pub mod matcher {
                     (Some(9), Some(minor)) if minor <= 7 => vec![(9, minor), (8, (minor + 5).min(9))],
                     _ => return list,
                 };
-                list.clear();
                 for (major, top) in series {
                     for minor in (0..=top).rev() {
                         let dot = if minor == 0 { String::new() } else { format!(".{minor}") };
-                        list.push(with("arm64", format!("v{major}{dot}")));
+                        let other = with("arm64", format!("v{major}{dot}")).normalized();
+                        // It is the first already, in whatever way it is written.
+                        if other != *host {
+                            list.push(other);
+                        }
                     }
                 }
                 list.extend(arm_down_from(8));
@@ -295,6 +298,16 @@ pub mod matcher {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn whatever_a_platform_is_called_it_runs_its_own_images() {
+        for text in
+            ["linux/arm64/8.1", "linux/arm64/v9.0", "linux/arm64/v08.1", "linux/arm64/v8.1", "linux/arm64"]
+        {
+            let platform = Platform::parse(text).unwrap();
+            assert_eq!(Matcher::only(&platform).rank(&platform), Some(0), "{text}");
+        }
+    }
 
     #[test]
     fn parses_and_normalises() {

@@ -162,16 +162,14 @@ impl Reference {
         Reference { tag: None, digest: Some(digest), ..self.clone() }
     }
 
-    /// The short form that a user would type.
+    /// The short form that a user would type; the full one where a shorter would name something else.
     pub fn familiar(&self) -> String {
         let full = self.to_string();
-        match full.strip_prefix("docker.io/") {
-            Some(short) => match short.strip_prefix("library/") {
-                Some(official) if !official.contains('/') => official.to_owned(),
-                _ => short.to_owned(),
-            },
-            None => full,
-        }
+        let on_hub = full.strip_prefix("docker.io/");
+        let official = on_hub.and_then(|short| short.strip_prefix("library/"));
+        // The first part of a repository's name may look like a registry, and an official one's name like an id.
+        let same = |short: &&str| Reference::parse_normalized(short).as_ref() == Ok(self);
+        [official, on_hub].into_iter().flatten().find(same).unwrap_or(&full).to_owned()
     }
 }
 
@@ -277,6 +275,21 @@ mod tests {
         let busybox = Reference::parse_normalized("busybox").unwrap().with_default_tag();
         assert_eq!(busybox.to_string(), "docker.io/library/busybox:latest");
         assert_eq!(busybox.familiar(), "busybox:latest");
+    }
+
+    #[test]
+    fn a_short_form_names_the_same() {
+        let id = "a".repeat(64);
+        for (given, short) in [
+            ("docker.io/library/busybox:1", "busybox:1"),
+            ("docker.io/me/app", "me/app"),
+            ("docker.io/library/a/b", "library/a/b"),
+            ("docker.io/a.b/c", "docker.io/a.b/c"),
+            ("docker.io/localhost/c", "docker.io/localhost/c"),
+            (&format!("docker.io/library/{id}"), &format!("library/{id}")),
+        ] {
+            assert_eq!(Reference::parse_normalized(given).unwrap().familiar(), short);
+        }
     }
 
     #[test]

@@ -334,6 +334,15 @@ impl Spec {
         self
     }
 
+    /// Confines system calls by the default profile for the capabilities that are set now.
+    pub fn set_default_seccomp(&mut self) -> &mut Spec {
+        let capabilities = self.process.as_ref().and_then(|process| process.capabilities.as_ref());
+        let bounding = capabilities.map_or(&[][..], |sets| &sets.bounding);
+        let profile = crate::seccomp::default_profile(bounding);
+        self.linux_mut().seccomp = Some(profile);
+        self
+    }
+
     /// Makes the root file system read-only.
     pub fn set_readonly_root(&mut self) -> &mut Spec {
         self.root.get_or_insert_with(|| Root { path: "rootfs".into(), readonly: true }).readonly = true;
@@ -427,7 +436,7 @@ impl Spec {
     }
 
     /// Lifts the confinement: the given capabilities (all that the caller has), nothing masked or
-    /// read-only, writable /sys and cgroups, no seccomp, no security labels, new privileges allowed.
+    /// read-only, writable /sys and cgroups, no seccomp, no security labels. Whether new privileges may be gained is another matter.
     /// Devices are separate: see [`Spec::allow_all_devices`].
     pub fn set_privileged(&mut self, capabilities: &[&str]) -> &mut Spec {
         self.set_capabilities(capabilities);
@@ -447,7 +456,6 @@ impl Spec {
         let process = self.process_mut();
         process.apparmor_profile.clear();
         process.selinux_label.clear();
-        process.no_new_privileges = false;
         self
     }
 
@@ -719,7 +727,7 @@ mod tests {
         spec.set_privileged(ALL_CAPABILITIES);
         assert!(spec.linux_mut().masked_paths.is_empty());
         assert!(spec.mounts.iter().any(|m| m.kind == "sysfs" && m.options.contains(&"rw".to_owned())));
-        assert!(!spec.process_mut().no_new_privileges);
+        assert!(spec.process_mut().no_new_privileges);
         assert!(spec.process_mut().capabilities.clone().unwrap().inheritable.is_empty());
     }
 

@@ -13,8 +13,8 @@ pub const FILE_LIMIT: u64 = 4 << 20;
 const LINE_LIMIT: usize = 64 << 10;
 /// Most supplementary groups a process can have (NGROUPS_MAX).
 const GROUP_LIMIT: usize = 65_536;
-/// Largest id.
-const ID_LIMIT: u32 = i32::MAX as u32;
+/// Largest id of a user or a group.
+pub const ID_LIMIT: u32 = i32::MAX as u32;
 
 /// Contents of the account files; empty where the image has none.
 #[derive(Clone, Copy, Debug, Default)]

@@ -117,8 +117,8 @@ impl Root {
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => {
                 self.parents.clear();
-                // The standard library descends with openat and O_NOFOLLOW; the prefix is the pinned parent.
-                std::fs::remove_dir_all(place.proc_path())
+                // It descends with openat and O_NOFOLLOW; the prefix is the pinned parent.
+                crate::fs::remove_tree(&place.proc_path())
             }
             FileType::Symlink => {
                 self.parents.clear();
@@ -199,7 +199,11 @@ impl Root {
                         path.push(b'/');
                     }
                     path.extend_from_slice(&name);
-                    made(&path, &place)?;
+                    if let Err(error) = made(&path, &place) {
+                        // Refused: as if it had not been made.
+                        rustix::fs::unlinkat(&*place.parent, &*place.name, AtFlags::REMOVEDIR)?;
+                        return Err(error);
+                    }
                     todo.push(name);
                 }
                 Err(Errno::NOTDIR | Errno::LOOP) => {
@@ -251,10 +255,25 @@ impl Place {
         }
     }
 
+    /// What the folder is that this is a name in.
+    pub fn folder_stat(&self) -> io::Result<Stat> {
+        Ok(rustix::fs::fstat(&*self.parent)?)
+    }
+
     /// Makes a regular file, which must not exist, to be written to.
     pub fn make_file(&self) -> io::Result<File> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(&*self.parent, &*self.name, flags, Mode::from_raw_mode(0o600))?.into())
+    }
+
+    /// Makes a regular file with (up to) this mode; None when there is something.
+    pub fn try_make_file(&self, mode: u32) -> io::Result<Option<File>> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match rustix::fs::openat(&*self.parent, &*self.name, flags, Mode::from_raw_mode(mode & 0o7777)) {
+            Ok(file) => Ok(Some(file.into())),
+            Err(Errno::EXIST) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Makes a folder, which must not exist.

@@ -3,11 +3,13 @@
 //! Both versions, and the hybrid of both: a controller mounted as version 1 is read there. A group is version 2
 //! here when none of the controllers that count (memory, cpu, pids) is mounted as version 1.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rustix::event::EventfdFlags;
 use rustix::fs::inotify;
@@ -31,6 +33,120 @@ pub struct Cgroup {
 
 /// The name under which the one folder of a version 2 group is kept.
 const UNIFIED: &str = "";
+/// The controllers that make a group one of version 1 where they are mounted so.
+const COUNTING: [&str; 3] = ["memory", "cpu", "pids"];
+
+/// Where the hierarchies are mounted: reaches groups by their names, whoever is in them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hierarchies {
+    version: Version,
+    mounts: BTreeMap<String, PathBuf>,
+}
+
+impl Hierarchies {
+    /// Those that are mounted now. They hardly ever change while a machine runs.
+    ///
+    /// # Errors
+    /// NotFound when none is mounted, else those of reading /proc.
+    pub fn mounted() -> io::Result<Self> {
+        Self::parse(&mounts()?)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no control group hierarchy is mounted"))
+    }
+
+    fn parse(mounts: &str) -> Option<Self> {
+        let mut found = BTreeMap::new();
+        for line in mounts.lines() {
+            let Some((place, kind)) = line.split_once(" - ") else { continue };
+            let Some(mountpoint) = place.split(' ').nth(4) else { continue };
+            let mut kind = kind.split(' ');
+            match kind.next() {
+                Some("cgroup2") => {
+                    found.entry(UNIFIED.to_owned()).or_insert_with(|| PathBuf::from(mountpoint));
+                }
+                Some("cgroup") => {
+                    let options = kind.nth(1).unwrap_or_default();
+                    // What is no controller is asked for by nobody.
+                    for controller in options.split(',').filter(|option| !matches!(*option, "rw" | "ro")) {
+                        found.entry(controller.to_owned()).or_insert_with(|| PathBuf::from(mountpoint));
+                    }
+                }
+                _ => {}
+            }
+        }
+        let version = version_of(&found)?;
+        Some(Self { version, mounts: found })
+    }
+
+    /// The group of this name, as runtimes' specs have it; None when it is not there. Names are [paths](path_of) below the
+    /// hierarchies' roots, or of systemd.
+    #[must_use]
+    pub fn group(&self, name: &str) -> Option<Cgroup> {
+        let path = path_of(name);
+        let folders = self.mounts.iter().map(|(controller, mount)| (controller.clone(), mount.join(&path)));
+        let folders: BTreeMap<_, _> = folders.filter(|(_, folder)| folder.is_dir()).collect();
+        let there = match self.version {
+            Version::V1 => COUNTING.iter().any(|controller| folders.contains_key(*controller)),
+            Version::V2 => folders.contains_key(UNIFIED),
+        };
+        there.then_some(Cgroup { version: self.version, folders })
+    }
+}
+
+/// The lines of /proc/self/mountinfo that are about control groups. Once there are some they are not read again: there is a line for
+/// each mount of each container, and these hardly ever change while a machine runs.
+fn mounts() -> io::Result<Cow<'static, str>> {
+    static KNOWN: OnceLock<String> = OnceLock::new();
+    if let Some(known) = KNOWN.get() {
+        return Ok(Cow::Borrowed(known));
+    }
+    let all = fs::read_to_string("/proc/self/mountinfo")?;
+    let ours: Vec<&str> = all.lines().filter(|line| line.contains(" - cgroup")).collect();
+    match ours.is_empty() {
+        true => Ok(Cow::Borrowed("")),
+        false => Ok(Cow::Borrowed(KNOWN.get_or_init(|| ours.join("\n")))),
+    }
+}
+
+/// The path of a group below the hierarchies' roots, by the name that a runtime's spec has for it: a path, or for systemd
+/// `SLICE:PREFIX:NAME` (the scope of a container) or `A-B.slice`.
+#[must_use]
+pub fn path_of(name: &str) -> PathBuf {
+    let mut parts = name.splitn(3, ':');
+    let path = match (parts.next(), parts.next(), parts.next()) {
+        (Some(slice), Some(prefix), Some(unit)) if !name.contains('/') => {
+            let slice = slice_path(if slice.is_empty() { "system.slice" } else { slice });
+            let unit = match (prefix, unit.ends_with(".slice")) {
+                (_, true) => unit.to_owned(),
+                ("", false) => format!("{unit}.scope"),
+                (prefix, false) => format!("{prefix}-{unit}.scope"),
+            };
+            format!("{slice}/{unit}")
+        }
+        _ if name.ends_with(".slice") && !name.contains('/') => slice_path(name),
+        _ => name.to_owned(),
+    };
+    // A name never leads above the root.
+    let parts = Path::new(&path).components();
+    parts.filter(|part| matches!(part, std::path::Component::Normal(_))).collect()
+}
+
+/// Each dash in the name of a slice is a step down: `a-b.slice` is in `a.slice`, and `-.slice` is the root.
+fn slice_path(slice: &str) -> String {
+    let name = slice.trim_end_matches(".slice");
+    if name == "-" {
+        return String::new();
+    }
+    let ends = name.match_indices('-').map(|(at, _)| at).chain([name.len()]);
+    ends.map(|end| format!("{}.slice", &name[..end])).collect::<Vec<_>>().join("/")
+}
+
+fn version_of(folders: &BTreeMap<String, PathBuf>) -> Option<Version> {
+    if COUNTING.iter().any(|controller| folders.contains_key(*controller)) {
+        Some(Version::V1)
+    } else {
+        folders.contains_key(UNIFIED).then_some(Version::V2)
+    }
+}
 
 impl Cgroup {
     /// Finds the group a process is in now.
@@ -39,8 +155,7 @@ impl Cgroup {
     /// NotFound when the process is gone or no hierarchy of its is mounted here, else those of reading /proc.
     pub fn of_process(pid: u32) -> io::Result<Self> {
         let memberships = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-        Self::locate(&memberships, &mounts)
+        Self::locate(&memberships, &mounts()?)
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no control group hierarchy is mounted"))
     }
 
@@ -57,13 +172,14 @@ impl Cgroup {
                 }
             }
         }
-        let counts = |controller: &str| folders.contains_key(controller);
-        let version =
-            if ["memory", "cpu", "pids"].into_iter().any(counts) { Version::V1 } else { Version::V2 };
-        match version {
-            Version::V2 if !folders.contains_key(UNIFIED) => None,
-            _ => Some(Self { version, folders }),
-        }
+        let version = version_of(&folders)?;
+        Some(Self { version, folders })
+    }
+
+    /// A group whose folders are known, by their controllers. For version 2 the one folder's controller is named "".
+    #[must_use]
+    pub fn of_folders(version: Version, folders: BTreeMap<String, PathBuf>) -> Self {
+        Self { version, folders }
     }
 
     /// Which version serves the counters.
@@ -83,6 +199,20 @@ impl Cgroup {
     #[must_use]
     pub fn text(&self, controller: &str, file: &str) -> Option<String> {
         fs::read_to_string(self.folder(controller)?.join(file)).ok()
+    }
+
+    /// The text of a file of the unified hierarchy, which beside version 1 has no counters but those of pressure.
+    #[must_use]
+    pub fn unified(&self, file: &str) -> Option<String> {
+        fs::read_to_string(self.folders.get(UNIFIED)?.join(file)).ok()
+    }
+
+    /// The names of a controller's files.
+    #[must_use]
+    pub fn files(&self, controller: &str) -> Vec<String> {
+        let entries = self.folder(controller).and_then(|folder| fs::read_dir(folder).ok());
+        let names = entries.into_iter().flatten().flatten().map(|entry| entry.file_name());
+        names.filter_map(|name| name.into_string().ok()).collect()
     }
 
     /// A file with one number; `max` is `u64::MAX`, as in containerd's metrics.
@@ -110,7 +240,7 @@ impl Cgroup {
         let folder = match self.version {
             Version::V2 => self.folder(UNIFIED),
             // A runtime puts its processes in every hierarchy; which one is asked does not matter.
-            Version::V1 => ["pids", "memory", "cpu"].into_iter().find_map(|name| self.folder(name)),
+            Version::V1 => COUNTING.into_iter().rev().find_map(|name| self.folder(name)),
         };
         let mut pids = Vec::new();
         collect_processes(folder.ok_or(io::ErrorKind::NotFound)?, &mut pids)?;
@@ -165,6 +295,19 @@ pub fn add_process(group: &str, pid: u32) -> io::Result<()> {
         }
     }
     if found { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+}
+
+/// Makes moves of processes between groups quick for some milliseconds. Takes that long itself, and is to be called beside
+/// something else; a machine where it cannot be done moves as before.
+///
+/// For a move the kernel takes a lock that forks take, too. To take it for the first time in a while it waits for a grace period
+/// of RCU, of 5 to 20 ms, and for the next not. A runtime that is just being spawned comes to its first move 10 to 30 ms later.
+pub fn hasten_moves() {
+    // Any hierarchy will do. To move a process to where it is changes nothing.
+    let own = Cgroup::of_process(std::process::id());
+    if let Some(folder) = own.ok().and_then(|own| own.folders.into_values().find(|folder| folder.is_dir())) {
+        let _ = fs::write(folder.join("cgroup.procs"), "0");
+    }
 }
 
 /// Comes to know when the kernel kills for want of memory in one group.
@@ -276,6 +419,45 @@ mod tests {
         assert_eq!(found.version(), Version::V2);
         assert_eq!(found.folder("memory").unwrap(), Path::new("/sys/fs/cgroup/y"));
         assert_eq!(Cgroup::locate("0::/x", ""), None);
+    }
+
+    #[test]
+    fn groups_are_reached_by_name() {
+        let found = Hierarchies::parse(HYBRID).unwrap();
+        assert_eq!(found.version, Version::V1);
+        assert_eq!(found.mounts["cpuacct"], Path::new("/sys/fs/cgroup/cpu,cpuacct"));
+        assert_eq!(found.mounts[UNIFIED], Path::new("/sys/fs/cgroup/unified"));
+        let unified = Hierarchies::parse("30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup rw,nsdelegate");
+        assert_eq!(unified.unwrap().version, Version::V2);
+        assert_eq!(Hierarchies::parse("30 23 0:26 / / rw - ext4 /dev/vda rw"), None);
+
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("pods/p1/c1")).unwrap();
+        let mounts = [(UNIFIED.to_owned(), dir.path().to_owned())].into();
+        let hierarchies = Hierarchies { version: Version::V2, mounts };
+        let group = hierarchies.group("/pods/p1/c1").unwrap();
+        assert_eq!(group.folder("memory").unwrap(), dir.path().join("pods/p1/c1"));
+        assert_eq!(hierarchies.group("/pods/p1/c2"), None);
+    }
+
+    #[test]
+    fn names_of_systemd_are_paths() {
+        for (name, path) in [
+            ("/k8s.io/c1", "k8s.io/c1"),
+            ("kubepods/burstable", "kubepods/burstable"),
+            (
+                "kubepods-burstable-podx.slice",
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podx.slice",
+            ),
+            ("kubepods-podx.slice:cri:c1", "kubepods.slice/kubepods-podx.slice/cri-c1.scope"),
+            (":cri:c1", "system.slice/cri-c1.scope"),
+            ("-.slice::c1", "c1.scope"),
+            ("/odd.slice/x", "odd.slice/x"),
+            ("/a/../../b", "a/b"),
+            ("/", ""),
+        ] {
+            assert_eq!(path_of(name), Path::new(path), "{name}");
+        }
     }
 
     #[test]

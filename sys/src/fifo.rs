@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{FileType, Mode, OFlags};
 use tokio::io::unix::AsyncFd;
@@ -89,6 +90,26 @@ pub fn write(descriptor: BorrowedFd<'_>, data: &[u8]) -> io::Result<usize> {
     Ok(rustix::io::write(descriptor, data)?)
 }
 
+/// Waits until some can be read, or are at their end, for at most `limit`: their positions as bits.
+///
+/// # Errors
+/// Those of poll(2).
+pub fn wait_readable(descriptors: &[BorrowedFd<'_>], limit: Duration) -> io::Result<u64> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut all: Vec<_> =
+        descriptors.iter().map(|descriptor| PollFd::from_borrowed_fd(*descriptor, PollFlags::IN)).collect();
+    let limit = Timespec {
+        tv_sec: limit.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: limit.subsec_nanos().into(),
+    };
+    match poll(&mut all, Some(&limit)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let ready = all.iter().enumerate().filter(|(_, one)| !one.revents().is_empty());
+    Ok(ready.fold(0, |bits, (position, _)| bits | 1 << position))
+}
+
 fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {
     let flags = access | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
@@ -115,5 +136,19 @@ mod tests {
         assert_eq!(&buffer[..6], b"onetwo");
         drop(writer);
         assert_eq!(rustix::io::read(&reader, &mut buffer).unwrap(), 0);
+    }
+
+    #[test]
+    fn what_can_be_read_or_has_ended_is_told_apart_from_what_waits() {
+        use std::io::Write;
+        use std::os::fd::AsFd;
+        let (quiet, _kept) = io::pipe().unwrap();
+        let (full, mut writer) = io::pipe().unwrap();
+        let (ended, gone) = io::pipe().unwrap();
+        let all = [quiet.as_fd(), full.as_fd(), ended.as_fd()];
+        assert_eq!(wait_readable(&all[..2], Duration::ZERO).unwrap(), 0);
+        writer.write_all(b"x").unwrap();
+        drop(gone);
+        assert_eq!(wait_readable(&all, Duration::from_secs(10)).unwrap(), 0b110);
     }
 }

@@ -1,10 +1,16 @@
 //! Files and folders: durable writes, syncs, exact modes, disk usage.
 
 use std::collections::HashSet;
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
 
 /// Syncs a folder, so that the names in it survive a power cut.
 pub fn sync_dir(path: &Path) -> io::Result<()> {
@@ -80,7 +86,7 @@ pub fn create_dir_all(path: &Path, mode: u32) -> io::Result<()> {
 /// Removes a tree if it is there; never follows a symlink out of it.
 pub fn remove_tree(path: &Path) -> io::Result<()> {
     let removed = match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(metadata) if metadata.is_dir() => remove_folder(path),
         Ok(_) => fs::remove_file(path),
         Err(error) => Err(error),
     };
@@ -88,6 +94,111 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
     }
+}
+
+fn remove_folder(path: &Path) -> io::Result<()> {
+    walk(path, &mut |_, folder, name, step| {
+        let flags = match step {
+            Step::Seen(FileType::Directory) => return Ok(()),
+            Step::Seen(_) => AtFlags::empty(),
+            Step::Left => AtFlags::REMOVEDIR,
+        };
+        match rustix::fs::unlinkat(folder, name, flags) {
+            // Somebody else removes it, too.
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    })?;
+    fs::remove_dir(path)
+}
+
+/// What is told of an entry.
+pub(crate) enum Step {
+    /// It is there, and of this type.
+    Seen(FileType),
+    /// It is a folder, and all that is in it has been told.
+    Left,
+}
+
+/// A folder on the way down.
+struct Level {
+    id: (u64, u64),
+    /// The folder in it that was gone into.
+    inside: CString,
+    /// Those that are still to be gone into.
+    todo: Vec<CString>,
+}
+
+/// Told of each entry: the path of its folder from the top, that folder, its name in there.
+pub(crate) type Visit<'a> = &'a mut dyn FnMut(&Path, BorrowedFd<'_>, &CStr, Step) -> io::Result<()>;
+
+/// Shows all entries of a tree, symlinks not followed. Whoever runs in a container can make a tree that is deeper than a path
+/// is long, than there are descriptors, than a stack is: this takes three descriptors, and its memory is on the heap.
+pub(crate) fn walk(top: &Path, visit: Visit<'_>) -> io::Result<()> {
+    const FOLDER: OFlags =
+        OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+    let open = |at: BorrowedFd<'_>, name: &CStr| rustix::fs::openat(at, name, FOLDER, Mode::empty());
+    let id = |folder: &OwnedFd| rustix::fs::fstat(folder).map(|stat| (stat.st_dev, stat.st_ino));
+    let top = rustix::fs::open(top, FOLDER, Mode::empty())?;
+    let mut here = open(top.as_fd(), c".")?;
+    let mut beneath = PathBuf::new();
+    let mut above: Vec<Level> = Vec::new();
+    let mut todo = show(&beneath, &here, visit)?;
+    loop {
+        if let Some(name) = todo.pop() {
+            let inside = match open(here.as_fd(), &name) {
+                Ok(inside) => inside,
+                // Gone, or something else by now.
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            beneath.push(OsStr::from_bytes(name.to_bytes()));
+            above.push(Level { id: id(&here)?, inside: name, todo });
+            here = inside;
+            todo = show(&beneath, &here, visit)?;
+            continue;
+        }
+        let Some(level) = above.pop() else { return Ok(()) };
+        beneath.pop();
+        let up = open(here.as_fd(), c"..")?;
+        here = if id(&up)? == level.id {
+            up
+        } else {
+            // Somebody has moved it meanwhile: the way down again.
+            let mut down = open(top.as_fd(), c".")?;
+            for level in &above {
+                down = open(down.as_fd(), &level.inside)?;
+            }
+            down
+        };
+        visit(&beneath, here.as_fd(), &level.inside, Step::Left)?;
+        todo = level.todo;
+    }
+}
+
+/// Shows the entries of a folder; the folders among them.
+fn show(beneath: &Path, folder: &OwnedFd, visit: Visit<'_>) -> io::Result<Vec<CString>> {
+    let mut folders = Vec::new();
+    for entry in rustix::fs::Dir::read_from(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let kind = match entry.file_type() {
+            FileType::Unknown => match rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) => FileType::from_raw_mode(stat.st_mode),
+                Err(Errno::NOENT) => continue,
+                Err(error) => return Err(error.into()),
+            },
+            kind => kind,
+        };
+        visit(beneath, folder.as_fd(), name, Step::Seen(kind))?;
+        if kind == FileType::Directory {
+            folders.push(name.to_owned());
+        }
+    }
+    Ok(folders)
 }
 
 /// What a tree takes of its disk.
@@ -101,35 +212,47 @@ pub struct Usage {
 
 /// Measures a tree, its top folder included. A file that vanishes meanwhile does not count.
 pub fn usage(path: &Path) -> io::Result<Usage> {
+    usage_where(path, |_, _, _| true)
+}
+
+/// Measures what of a tree changed against the one it was copied from by sharing, its top folder included: such a copy
+/// keeps inode numbers, and each change gives a file a new change time.
+pub fn usage_beyond(path: &Path, base: &Path) -> io::Result<Usage> {
+    usage_where(path, |folder, name, stat| {
+        // What cannot be read there is not shared as far as is known.
+        name.is_empty()
+            || !fs::symlink_metadata(base.join(folder).join(name)).is_ok_and(|old| {
+                let times = (stat.st_ctime, i64::try_from(stat.st_ctime_nsec).unwrap_or(-1));
+                (old.ino(), (old.ctime(), old.ctime_nsec())) == (stat.st_ino, times)
+            })
+    })
+}
+
+/// Measures those files and folders of a tree for which `counts`, given their folder in the tree and their name there, says so.
+fn usage_where(path: &Path, counts: impl Fn(&Path, &OsStr, &Stat) -> bool) -> io::Result<Usage> {
     let mut usage = Usage::default();
     let mut seen = HashSet::new();
-    let mut folders = vec![path.to_owned()];
-    let mut count = |metadata: &fs::Metadata| {
-        if metadata.is_dir() || metadata.nlink() < 2 || seen.insert((metadata.dev(), metadata.ino())) {
-            usage.size += metadata.blocks() as i64 * 512;
+    let mut count = |folder: &Path, name: &OsStr, stat: &Stat| {
+        let is_folder = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        if counts(folder, name, stat)
+            && (is_folder || stat.st_nlink < 2 || seen.insert((stat.st_dev, stat.st_ino)))
+        {
+            usage.size += stat.st_blocks * 512;
             usage.inodes += 1;
         }
     };
-    count(&fs::symlink_metadata(path)?);
-    while let Some(folder) = folders.pop() {
-        let entries = match fs::read_dir(&folder) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound && folder != path => continue,
-            Err(error) => return Err(error),
-        };
-        for entry in entries {
-            let entry = entry?;
-            let metadata = match entry.metadata() {
-                Ok(metadata) => metadata,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(error),
-            };
-            count(&metadata);
-            if metadata.is_dir() {
-                folders.push(entry.path());
-            }
+    count(Path::new(""), OsStr::new(""), &rustix::fs::lstat(path)?);
+    walk(path, &mut |beneath, folder, name, step| {
+        if matches!(step, Step::Left) {
+            return Ok(());
         }
-    }
+        match rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => count(beneath, OsStr::from_bytes(name.to_bytes()), &stat),
+            Err(Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    })?;
     Ok(usage)
 }
 
@@ -179,5 +302,56 @@ mod tests {
         remove_tree(&tree).unwrap();
         remove_tree(&tree).unwrap();
         assert!(outside.exists() && !tree.exists());
+    }
+    /// As a process in a container makes it: by going down, without ever saying the whole path.
+    fn deep(top: &Path, depth: usize) {
+        fs::create_dir(top).unwrap();
+        let mut here: OwnedFd = File::open(top).unwrap().into();
+        for _ in 0..depth {
+            rustix::fs::mkdirat(&here, "a", Mode::from_raw_mode(0o755)).unwrap();
+            here = rustix::fs::openat(&here, "a", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        }
+        rustix::fs::openat(&here, "end", OFlags::CREATE | OFlags::WRONLY, Mode::from_raw_mode(0o644))
+            .unwrap();
+    }
+
+    #[test]
+    fn a_tree_deeper_than_the_stack_is_measured_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("t");
+        deep(&tree, 4_000);
+        // An eighth of what the engine's threads have.
+        let small = std::thread::Builder::new().stack_size(256 << 10);
+        let (usage, removed) =
+            small.spawn(move || (usage(&tree), remove_tree(&tree))).unwrap().join().unwrap();
+        assert_eq!(usage.unwrap().inodes, 4_002);
+        removed.unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_folder_that_is_moved_while_a_tree_is_walked_leads_nowhere_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, outside) = (dir.path().join("t"), dir.path().join("outside"));
+        fs::create_dir_all(tree.join("a/b")).unwrap();
+        fs::create_dir_all(&outside).unwrap();
+        fs::write(outside.join("kept"), "k").unwrap();
+        for name in ["1", "2", "a/b/3"] {
+            fs::write(tree.join(name), name).unwrap();
+        }
+        let mut seen = Vec::new();
+        walk(&tree, &mut |beneath, _, name, step| {
+            if name == c"3" {
+                // Its parent's parent is another one from here on.
+                fs::rename(tree.join("a/b"), outside.join("b")).unwrap();
+            }
+            if matches!(step, Step::Seen(_)) {
+                seen.push(beneath.join(OsStr::from_bytes(name.to_bytes())));
+            }
+            Ok(())
+        })
+        .unwrap();
+        seen.sort();
+        assert_eq!(seen, ["1", "2", "a", "a/b", "a/b/3"].map(PathBuf::from));
     }
 }

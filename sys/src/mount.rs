@@ -2,10 +2,14 @@
 //!
 //! Overlays go through the new mount API (fsopen and friends), where each lower folder is one parameter: a list of
 //! layers is then not bound by the one page that mount(2) copies.
+//!
+//! The options `uidmap` and `gidmap`, as containerd's snapshotters answer them, are no file system's: a bind is mapped by them,
+//! and of an overlay each lower folder.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
@@ -40,6 +44,12 @@ pub struct MountError {
     pub source: io::Error,
 }
 
+impl From<MountError> for io::Error {
+    fn from(error: MountError) -> Self {
+        io::Error::new(error.source.kind(), error)
+    }
+}
+
 /// What the option strings mean to the kernel.
 #[derive(Debug, PartialEq)]
 struct Options {
@@ -47,6 +57,11 @@ struct Options {
     clear: MountFlags,
     propagation: Option<MountPropagationFlags>,
     bind: bool,
+    /// Whether the source is a file, to be mounted through a loop device.
+    loops: bool,
+    /// How owners are mapped: users, groups.
+    uids: Option<String>,
+    gids: Option<String>,
     data: Vec<String>,
 }
 
@@ -56,6 +71,9 @@ fn parse(kind: &str, options: &[String]) -> Options {
         clear: MountFlags::empty(),
         propagation: None,
         bind: kind == "bind",
+        loops: false,
+        uids: None,
+        gids: None,
         data: Vec::new(),
     };
     for option in options {
@@ -64,6 +82,10 @@ fn parse(kind: &str, options: &[String]) -> Options {
             "" | "defaults" => continue,
             "bind" => {
                 parsed.bind = true;
+                continue;
+            }
+            "loop" => {
+                parsed.loops = true;
                 continue;
             }
             "rbind" => {
@@ -101,8 +123,12 @@ fn parse(kind: &str, options: &[String]) -> Options {
             "sync" => (true, MountFlags::SYNCHRONOUS),
             "async" => (false, MountFlags::SYNCHRONOUS),
             "dirsync" => (true, MountFlags::DIRSYNC),
-            _ => {
-                parsed.data.push(option.clone());
+            other => {
+                match other.split_once('=') {
+                    Some(("uidmap", map)) => parsed.uids = Some(map.to_owned()),
+                    Some(("gidmap", map)) => parsed.gids = Some(map.to_owned()),
+                    _ => parsed.data.push(option.clone()),
+                }
                 continue;
             }
         };
@@ -126,15 +152,75 @@ impl Mount {
             beneath(root, Path::new(&self.target)).map_err(|error| fail(&root.join(&self.target), error))?
         };
         let options = parse(&self.kind, &self.options);
-        let mounted = if options.bind {
-            bind(&self.source, &target, &options)
+        let mounted = if options.uids.is_some() || options.gids.is_some() {
+            mapped(&self.kind, &self.source, &target, &options)
+        } else if options.bind {
+            bind(&self.source, &target, &options).map_err(io::Error::from)
         } else if self.kind == "overlay" {
-            overlay(&self.source, &target, &options)
+            overlay(&self.source, &target, &options).map_err(io::Error::from)
+        } else if options.loops {
+            looped(&self.kind, &self.source, &target, &options)
         } else {
-            classic(&self.kind, &self.source, &target, &options)
+            classic(&self.kind, &self.source, &target, &options).map_err(io::Error::from)
         };
-        mounted.map_err(|error| fail(&target, error.into()))
+        mounted.map_err(|error| fail(&target, error))
     }
+}
+
+/// Mounts a bind or an overlay with other owners.
+fn mapped(kind: &str, source: &str, target: &Path, options: &Options) -> io::Result<()> {
+    let invalid = |why| io::Error::new(io::ErrorKind::InvalidInput, why);
+    let (Some(uids), Some(gids)) = (&options.uids, &options.gids) else {
+        return Err(invalid("uidmap and gidmap are of use together only"));
+    };
+    let namespace = crate::idmap::user_namespace(&crate::idmap::parse(uids)?, &crate::idmap::parse(gids)?)?;
+    if options.bind {
+        let recursive = MountFlags::from_bits_retain(MountPropagationFlags::REC.bits());
+        let tree = crate::idmap::tree(Path::new(source), &namespace, options.flags.contains(recursive))?;
+        place(&tree, target)?;
+        return Ok(adjust_bind(target, options)?);
+    }
+    if kind != "overlay" {
+        return Err(invalid("only binds and overlays can have uidmap and gidmap"));
+    }
+    // The mapped folders have to be mounted somewhere for a moment. At the target, whoever takes that down after a kill
+    // takes them down, too.
+    rustix::mount::mount("tmpfs", target, "tmpfs", MountFlags::empty(), c"mode=0700,size=1m")?;
+    let mut points = Vec::new();
+    let made = (|| {
+        let mut data = Vec::new();
+        for option in &options.data {
+            let Some(folders) = option.strip_prefix("lowerdir=") else {
+                data.push(option.clone());
+                continue;
+            };
+            for folder in split_lower(folders) {
+                let point = target.join(points.len().to_string());
+                fs::create_dir(&point)?;
+                place(&crate::idmap::tree(Path::new(&folder), &namespace, false)?, &point)?;
+                points.push(point);
+            }
+            let folders: Vec<_> = points.iter().map(|point| escape_lower(point.as_os_str())).collect();
+            data.push(format!("lowerdir={}", folders.join(OsStr::new(":")).to_string_lossy()));
+        }
+        Ok::<_, io::Error>(overlay_by_parameters(source, options, &data)?)
+    })();
+    for point in points.iter().map(PathBuf::as_path).chain([target]) {
+        unmount(point)?;
+    }
+    place(&made?, target)?;
+    Ok(propagate(target, options)?)
+}
+
+fn place(mount: &OwnedFd, target: &Path) -> rustix::io::Result<()> {
+    rustix::mount::move_mount(mount, c"", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+}
+
+fn looped(kind: &str, source: &str, target: &Path, options: &Options) -> io::Result<()> {
+    let read_only = options.flags.contains(MountFlags::RDONLY);
+    // Open until the mount keeps it.
+    let device = crate::loopdev::Loop::attach(Path::new(source), read_only)?;
+    Ok(classic(kind, &device.path().to_string_lossy(), target, options)?)
 }
 
 /// Where a target lies in a root, resolved by the kernel as if the root were `/`.
@@ -166,6 +252,11 @@ fn bind(source: &str, target: &Path, options: &Options) -> rustix::io::Result<()
     } else {
         rustix::mount::mount_bind(source, target)?;
     }
+    adjust_bind(target, options)
+}
+
+fn adjust_bind(target: &Path, options: &Options) -> rustix::io::Result<()> {
+    let recursive = MountFlags::from_bits_retain(MountPropagationFlags::REC.bits());
     // The kernel ignores flags on the bind itself; a second call sets them, and must keep what the source has.
     let wanted = options.flags & !recursive;
     if !wanted.is_empty() || !options.clear.is_empty() {
@@ -191,21 +282,21 @@ fn propagate(target: &Path, options: &Options) -> rustix::io::Result<()> {
 
 fn overlay(source: &str, target: &Path, options: &Options) -> rustix::io::Result<()> {
     use rustix::io::Errno;
-    match overlay_by_parameters(source, target, options) {
+    match overlay_by_parameters(source, options, &options.data).and_then(|mount| place(&mount, target)) {
         // A kernel without fsopen, or one before 6.5 that does not know `lowerdir+`.
         Err(Errno::NOSYS | Errno::INVAL | Errno::PERM) => classic("overlay", source, target, options),
-        result => result,
+        Err(error) => Err(error),
+        Ok(()) => propagate(target, options),
     }
 }
 
-fn overlay_by_parameters(source: &str, target: &Path, options: &Options) -> rustix::io::Result<()> {
-    use rustix::mount::{
-        fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
-    };
+/// An overlay with this data; mounted nowhere yet.
+fn overlay_by_parameters(source: &str, options: &Options, data: &[String]) -> rustix::io::Result<OwnedFd> {
+    use rustix::mount::{fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen};
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let context = std::os::fd::AsFd::as_fd(&context);
     fsconfig_set_string(context, "source", if source.is_empty() { "overlay" } else { source })?;
-    for option in &options.data {
+    for option in data {
         match option.split_once('=') {
             Some(("lowerdir", folders)) => {
                 for folder in split_lower(folders) {
@@ -230,9 +321,7 @@ fn overlay_by_parameters(source: &str, target: &Path, options: &Options) -> rust
     ] {
         attributes.set(attribute, options.flags.contains(flag));
     }
-    let mount = fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    move_mount(&mount, c"", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-    propagate(target, options)
+    fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
 /// Splits `/a:/b\:c` at its unescaped colons, and takes the escapes away.
@@ -293,6 +382,29 @@ pub fn unmount_all(path: &Path) -> io::Result<()> {
     Err(io::Error::other(format!("mounts keep coming back under {}", path.display())))
 }
 
+/// What is mounted where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The mount point.
+    pub point: PathBuf,
+    /// The file system's type.
+    pub kind: OsString,
+    /// What it was mounted from, as far as its file system says so.
+    pub source: OsString,
+}
+
+/// Everything that is mounted, in the order it was.
+pub fn table() -> io::Result<Vec<Entry>> {
+    let table = fs::read("/proc/self/mountinfo")?;
+    let entry = |line: &[u8]| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let point = PathBuf::from(unescape(fields.nth(4)?));
+        let mut rest = fields.skip_while(|field| *field != b"-").skip(1).map(unescape);
+        Some(Entry { point, kind: rest.next()?, source: rest.next()? })
+    };
+    Ok(table.split(|byte| *byte == b'\n').filter_map(entry).collect())
+}
+
 /// The mount points at and beneath `path`, in the order they were mounted.
 pub fn mounts_under(path: &Path) -> io::Result<Vec<PathBuf>> {
     let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
@@ -303,6 +415,25 @@ pub fn mounts_under(path: &Path) -> io::Result<Vec<PathBuf>> {
         .map(|point| PathBuf::from(unescape(point)))
         .filter(|point| point.starts_with(&path))
         .collect())
+}
+
+/// The type and the source of the file system that is mounted where `path` lies.
+pub fn filesystem_of(path: &Path) -> io::Result<(String, String)> {
+    use rustix::fs::{Mode, OFlags};
+    use std::os::fd::AsRawFd as _;
+    let fd = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
+    let number = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).unwrap_or_default().trim();
+    // Not text as a whole: mount points are any bytes.
+    for line in fs::read("/proc/self/mountinfo")?.split(|byte| *byte == b'\n') {
+        let mut fields = line.split(|byte| *byte == b' ');
+        if fields.next() == Some(number.as_bytes()) {
+            let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
+            let mut next = || unescape(rest.next().unwrap_or_default()).to_string_lossy().into_owned();
+            return Ok((next(), next()));
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::NotFound, "its mount is not in the table of mounts"))
 }
 
 /// Whether something is mounted right on `path`.
@@ -363,7 +494,7 @@ impl Mounted {
             }
         };
         let mounted = Mounted { folder };
-        mount_all(mounts, &mounted.folder).map_err(io::Error::other)?;
+        mount_all(mounts, &mounted.folder)?;
         Ok(mounted)
     }
 

@@ -54,18 +54,22 @@ pub fn pass_descriptors(command: &mut Command, descriptors: Vec<OwnedFd>) {
     }
 }
 
-/// Raises this process's limit of open descriptors to what it may have; the limit before.
+/// Raises this process's limit of open descriptors to what it may have; the limit before, if it was another.
 ///
 /// # Errors
 /// Those of setrlimit(2).
-pub fn raise_descriptor_limit() -> io::Result<u64> {
+pub fn raise_descriptor_limit() -> io::Result<Option<u64>> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let before = getrlimit(Resource::Nofile);
+    if before.current == before.maximum {
+        return Ok(None);
+    }
     setrlimit(Resource::Nofile, Rlimit { current: before.maximum, maximum: before.maximum })?;
-    Ok(before.current.unwrap_or(u64::MAX))
+    Ok(Some(before.current.unwrap_or(u64::MAX)))
 }
 
 /// Gives the program this soft limit of open descriptors instead of ours: many programs loop over all they may have.
+/// Such a program is started by a fork of all our memory, not by vfork: not to be called for the limit that we have.
 pub fn set_descriptor_limit(command: &mut Command, soft: u64) {
     // SAFETY: getrlimit and setrlimit are system calls and allocate nothing.
     unsafe {
@@ -87,6 +91,23 @@ pub fn detach(command: &mut Command) {
             Ok(())
         });
     }
+}
+
+/// Takes over descriptors that this process was started with, at known numbers, and closes all above them.
+///
+/// # Errors
+/// InvalidInput when one of them is not open; those of close_range(2).
+pub fn take_descriptors(first: RawFd, count: RawFd) -> io::Result<Vec<OwnedFd>> {
+    close_descriptors_above((first + count - 1).unsigned_abs())?;
+    let all = (first..first + count).map(|descriptor| {
+        // SAFETY: fcntl on any number is harmless.
+        if unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: it is open, and by the contract with whoever started this process nothing else here owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+    });
+    all.collect()
 }
 
 /// Takes over a listening Unix socket that this process was started with, at a known descriptor.
@@ -144,14 +165,15 @@ fn oom_score_path(pid: Option<u32>) -> String {
     }
 }
 
-/// Tells glibc's allocator to stay small: one arena, and free memory back to the kernel soon.
-pub fn keep_allocator_small() {
+/// Tells glibc's allocator to stay small: so many arenas, and what is free in pieces of `threshold` bytes goes back to the kernel
+/// soon. To be called while the process has one thread.
+pub fn keep_allocator_small(arenas: i32, threshold: i32) {
     #[cfg(target_env = "gnu")]
-    // SAFETY: mallopt only sets parameters; called while the process has one thread.
+    // SAFETY: mallopt only sets parameters, and glibc takes its own lock for that.
     unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 64 * 1024);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 * 1024);
+        libc::mallopt(libc::M_ARENA_MAX, arenas);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, threshold);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, threshold);
     }
 }
 
@@ -161,6 +183,46 @@ pub fn trim_memory() {
     // SAFETY: malloc_trim takes the allocator's own locks.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+/// Takes the pages of this program's own code and constants out of its memory; the kernel's cache of files still has them, and
+/// those that are needed again come back with a page fault. Shared libraries stay: others have them as well.
+pub fn unmap_program() {
+    extern "C" fn unmap(info: *mut libc::dl_phdr_info, _: libc::size_t, _: *mut libc::c_void) -> libc::c_int {
+        let page = rustix::param::page_size();
+        // SAFETY: the loader passes an object with as many program headers as it says.
+        let (base, headers) = unsafe {
+            let info = &*info;
+            // A kernel without program headers to show has a loader without them.
+            if info.dlpi_phdr.is_null() {
+                return 1;
+            }
+            (info.dlpi_addr as usize, std::slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()))
+        };
+        for header in headers {
+            // What the loader may write to has relocations, which are not in the file.
+            if header.p_type != libc::PT_LOAD || header.p_flags & libc::PF_W != 0 {
+                continue;
+            }
+            // Whole pages: a page at either end may be the neighbour's as well.
+            let begin = (base + header.p_vaddr as usize).next_multiple_of(page);
+            let end = (base + header.p_vaddr as usize + header.p_filesz as usize) / page * page;
+            if begin >= end {
+                continue;
+            }
+            // SAFETY: pages of a file that were never written to: when they are read again, they are the same. It fails for
+            // pages that are locked in memory, which then stay.
+            unsafe {
+                libc::madvise(begin as *mut libc::c_void, end - begin, libc::MADV_DONTNEED);
+            }
+        }
+        // The first object is the program.
+        1
+    }
+    // SAFETY: the function is for this call only, and gets no data.
+    unsafe {
+        libc::dl_iterate_phdr(Some(unmap), std::ptr::null_mut());
     }
 }
 
@@ -183,6 +245,55 @@ pub fn memory_file_of(content: &[u8]) -> io::Result<fs::File> {
     Ok(file)
 }
 
+/// Kills a process; one that is gone is no error.
+pub fn kill(pid: u32) -> io::Result<()> {
+    let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) else { return Ok(()) };
+    match rustix::process::kill_process(pid, rustix::process::Signal::KILL) {
+        Err(error) if error != rustix::io::Errno::SRCH => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Makes the first process of the namespace of process ids that this one's children are in: it does nothing but reap. It is no copy
+/// of a program that was started there, so that nobody in the namespace may look into it. For a process of one thread.
+///
+/// # Errors
+/// Those of fork(2).
+pub fn fork_init() -> io::Result<u32> {
+    // SAFETY: by the contract there is one thread, so that no lock is held by another that the child does not have.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Parent { child } => Ok(child.as_raw().unsigned_abs()),
+        nix::unistd::ForkResult::Child => {
+            let _ = nix::unistd::setsid();
+            // Its parent's pipes would seem open for as long as it lives.
+            if close_descriptors_above(0).is_err() {
+                std::process::abort();
+            }
+            let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null");
+            match null {
+                Ok(null) if rustix::stdio::dup2_stdin(&null).is_ok() => reap_for_ever(),
+                _ => std::process::abort(),
+            }
+        }
+    }
+}
+
+/// For the first process of a pid namespace: reaps what is left to it, until it is killed.
+pub fn reap_for_ever() -> ! {
+    use nix::sys::signal::{SigSet, Signal};
+    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+    let mut child = SigSet::empty();
+    child.add(Signal::SIGCHLD);
+    // Blocked, so that one that comes before the wait is not lost.
+    let _ = child.thread_block();
+    loop {
+        while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive)
+        {
+        }
+        let _ = child.wait();
+    }
+}
+
 /// Holds a folder against everyone else who locks it so, until the descriptor is closed. Waits for its turn.
 ///
 /// # Errors
@@ -192,4 +303,39 @@ pub fn lock_folder(folder: &Path) -> io::Result<OwnedFd> {
     let folder = rustix::fs::open(folder, flags, rustix::fs::Mode::empty())?;
     rustix::fs::flock(&folder, rustix::fs::FlockOperation::LockExclusive)?;
     Ok(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What of this program's code and constants is mapped, in KiB.
+    fn mapped() -> u64 {
+        let program = std::env::current_exe().unwrap().display().to_string();
+        let text = fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut ours = false;
+        let mut sum = 0;
+        for line in text.lines() {
+            if let Some(size) = line.strip_prefix("Rss:") {
+                let size: u64 = size.trim().trim_end_matches(" kB").parse().unwrap();
+                sum += if ours { size } else { 0 };
+            } else if !line.split(' ').next().unwrap_or_default().ends_with(':') {
+                ours = line.ends_with(&program) && line.contains(" r-xp ");
+            }
+        }
+        sum
+    }
+
+    #[test]
+    fn a_program_goes_on_without_its_pages() {
+        // Other tests run meanwhile, and map some of it again.
+        let fewer = (0..100).any(|_| {
+            let before = mapped();
+            unmap_program();
+            mapped() < before
+        });
+        assert!(fewer, "{} KiB are mapped", mapped());
+        // What the loader wrote is still there.
+        assert_eq!(format!("{:?}", vec!["a"; 2]), r#"["a", "a"]"#);
+    }
 }
