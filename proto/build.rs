@@ -9,10 +9,11 @@ use std::{env, fs};
 
 use prost::Message as _;
 
-/// The content service's data fields: blobs pass through them, so they share buffers instead of copying.
-const BYTES_FIELDS: [&str; 2] = [
+/// Data fields that blobs pass through: they share buffers instead of copying.
+const BYTES_FIELDS: [&str; 3] = [
     ".containerd.services.content.v1.ReadContentResponse.data",
     ".containerd.services.content.v1.WriteContentRequest.data",
+    ".gantry.registry.v1.FetchResponse.data",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -39,6 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .btree_map(".")
         .bytes(BYTES_FIELDS[0])
         .bytes(BYTES_FIELDS[1])
+        .bytes(BYTES_FIELDS[2])
         .include_file("packages.rs")
         .compile_fds_with_config(descriptors.clone(), config)?;
 

@@ -16,7 +16,7 @@ use proto::containerd::types::Mount;
 use proto::io::containerd::cgroups;
 
 /// All services of packages `containerd.*`, and our own. A trailing `>` marks a stream of answers, a leading one of requests.
-const SERVICES: [(&str, &str); 21] = [
+const SERVICES: [(&str, &str); 24] = [
     ("containerd.runtime.sandbox.v1.Sandbox", SHIM_SANDBOX),
     ("containerd.services.containers.v1.Containers", "Get List ListStream> Create Update Delete"),
     (
@@ -50,7 +50,10 @@ const SERVICES: [(&str, &str); 21] = [
     ("containerd.services.version.v1.Version", "Version"),
     ("containerd.task.v2.Task", SHIM_TASK),
     ("containerd.task.v3.Task", SHIM_TASK),
+    ("gantry.events.v1.Events", "Subscribe> Info"),
     ("gantry.gc.v1.GC", "Collect Explain"),
+    ("gantry.images.v1.Images", "Verify> Convert> Usage DiskUsage Prune DropLayers"),
+    ("gantry.registry.v1.Registry", "Fetch> Push"),
 ];
 
 const SHIM_TASK: &str = "State Create Start Delete Pids Pause Resume Checkpoint Kill Exec ResizePty CloseIO Update \
