@@ -70,6 +70,10 @@ impl Code {
         CODES.iter().find(|row| row.0 == self).map_or(14, |row| row.1)
     }
 
+    pub(crate) fn of_number(number: i32) -> Self {
+        CODES.iter().find(|row| row.1 == number).map_or(Self::Unknown, |row| row.0)
+    }
+
     fn to_ttrpc(self) -> ttrpc::Code {
         CODES.iter().find(|row| row.0 == self).map_or(ttrpc::Code::UNAVAILABLE, |row| row.2)
     }

@@ -3,12 +3,12 @@
 //! Versions 2 and 3 have the same methods and the same messages under two names, so that one set of types
 //! (version 3's) serves both; a server offers both names.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-
-use crate::transport::{Connection, OnHangUp, Services};
+use crate::bootstrap::Answer;
+use crate::sandbox::SandboxClient;
+use crate::service::define_service;
+use crate::transport::Connection;
 use crate::{Error, Result};
 
 pub use proto::containerd::task::v3::{
@@ -23,96 +23,6 @@ pub const SERVICE_NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.tas
 
 /// How long a call other than wait may take unless [`TaskClient::with_deadline`] says otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(120);
-
-/// The task service in one table: method of the trait, name on the wire, request, answer, whether a deadline
-/// applies, and whether it ends with its caller's connection.
-macro_rules! for_each_method {
-    ($($callback:tt)*) => {
-        $($callback)* {
-            /// What a process is, and how it ended.
-            state "State" StateRequest StateResponse limited Finish,
-            /// Makes a container with its init process, which waits for start.
-            create "Create" CreateTaskRequest CreateTaskResponse limited Finish,
-            /// Starts the init process, or an exec added before.
-            start "Start" StartRequest StartResponse limited Finish,
-            /// Removes a stopped process, with the container when it is the init; tells how it ended.
-            delete "Delete" DeleteRequest DeleteResponse limited Finish,
-            /// All processes of a container.
-            pids "Pids" PidsRequest PidsResponse limited Finish,
-            /// Freezes a container.
-            pause "Pause" PauseRequest Empty limited Finish,
-            /// Thaws a container.
-            resume "Resume" ResumeRequest Empty limited Finish,
-            /// Writes a container's state to a folder.
-            checkpoint "Checkpoint" CheckpointTaskRequest Empty limited Finish,
-            /// Sends a signal to one process, or to all of a container.
-            kill "Kill" KillRequest Empty limited Finish,
-            /// Adds a process to a container; start runs it.
-            exec "Exec" ExecProcessRequest Empty limited Finish,
-            /// Sets the size of a process's terminal.
-            resize_pty "ResizePty" ResizePtyRequest Empty limited Finish,
-            /// Lets a process see the end of its standard input.
-            close_io "CloseIO" CloseIoRequest Empty limited Finish,
-            /// Changes a container's resource limits.
-            update "Update" UpdateTaskRequest Empty limited Finish,
-            /// Answers when a process has exited.
-            wait "Wait" WaitRequest WaitResponse unlimited Drop,
-            /// Resource use of a container.
-            stats "Stats" StatsRequest StatsResponse limited Finish,
-            /// Who the shim is.
-            connect_shim "Connect" ConnectRequest ConnectResponse limited Finish,
-            /// Ends the shim when it has no container left, or at once when told so.
-            shutdown "Shutdown" ShutdownRequest Empty limited Finish,
-        }
-    };
-}
-
-/// An empty answer.
-pub type Empty = ();
-
-macro_rules! limit_of {
-    (limited $client:ident) => {
-        Some($client.deadline)
-    };
-    (unlimited $client:ident) => {
-        None
-    };
-}
-
-macro_rules! define_service {
-    ($($(#[$doc:meta])* $name:ident $wire:literal $request:ident $answer:ident $limit:ident $hang_up:ident,)*) => {
-        /// What a shim does for its engine. Errors travel as they are; see the table of codes in [`crate::Code`].
-        #[async_trait]
-        pub trait TaskService: Send + Sync + 'static {
-            $($(#[$doc])* async fn $name(&self, request: $request) -> Result<$answer>;)*
-        }
-
-        /// Adds a task service to what a server offers, under both names.
-        pub fn register<S: TaskService>(services: &mut Services, service: &Arc<S>) {
-            for version in SERVICE_NAMES {
-                $({
-                    let service = Arc::clone(service);
-                    services.method(version, $wire, OnHangUp::$hang_up, move |request: $request| {
-                        let service = Arc::clone(&service);
-                        async move { service.$name(request).await }
-                    });
-                })*
-            }
-        }
-
-        impl TaskClient {
-            $(
-                $(#[$doc])*
-                ///
-                /// # Errors
-                /// The shim's own status; Closed when it went away before it answered.
-                pub async fn $name(&self, request: $request) -> Result<$answer> {
-                    self.connection.call(self.service, $wire, &request, limit_of!($limit self)).await
-                }
-            )*
-        }
-    };
-}
 
 /// A connection to one shim's task service; clones share it.
 #[derive(Clone)]
@@ -130,6 +40,18 @@ impl TaskClient {
     pub async fn connect(address: &str, version: u32) -> Result<Self> {
         let service = Self::service_name(version)?;
         Ok(Self { connection: Connection::connect(address).await?, service, deadline: DEFAULT_DEADLINE })
+    }
+
+    /// Connects to where a shim's answer says, by the protocol that it names.
+    ///
+    /// # Errors
+    /// As [`TaskClient::connect`].
+    pub async fn reach(answer: &Answer) -> Result<Self> {
+        let connection = match answer.protocol.as_str() {
+            "grpc" => Connection::connect_grpc(&answer.address).await?,
+            _ => Connection::connect(&answer.address).await?,
+        };
+        Self::over(connection, answer.version)
     }
 
     /// Uses a connection that is there already.
@@ -164,6 +86,12 @@ impl TaskClient {
         self
     }
 
+    /// The sandbox service at the other end of the same connection, where a shim offers it.
+    #[must_use]
+    pub fn sandbox(&self) -> SandboxClient {
+        SandboxClient::over(self.connection.clone(), self.deadline)
+    }
+
     /// Whether the connection has ended.
     #[must_use]
     pub fn is_closed(&self) -> bool {
@@ -176,4 +104,42 @@ impl TaskClient {
     }
 }
 
-for_each_method!(define_service!);
+define_service! {
+    /// What a shim does for its engine. Errors travel as they are; see the table of codes in [`crate::Code`].
+    trait TaskService, client TaskClient, names SERVICE_NAMES;
+
+    /// What a process is, and how it ended.
+    state "State" StateRequest StateResponse, limited Finish;
+    /// Makes a container with its init process, which waits for start.
+    create "Create" CreateTaskRequest CreateTaskResponse, limited Finish;
+    /// Starts the init process, or an exec added before.
+    start "Start" StartRequest StartResponse, limited Finish;
+    /// Removes a stopped process, with the container when it is the init; tells how it ended.
+    delete "Delete" DeleteRequest DeleteResponse, limited Finish;
+    /// All processes of a container.
+    pids "Pids" PidsRequest PidsResponse, limited Finish;
+    /// Freezes a container.
+    pause "Pause" PauseRequest (), limited Finish;
+    /// Thaws a container.
+    resume "Resume" ResumeRequest (), limited Finish;
+    /// Writes a container's state to a folder.
+    checkpoint "Checkpoint" CheckpointTaskRequest (), limited Finish;
+    /// Sends a signal to one process, or to all of a container.
+    kill "Kill" KillRequest (), limited Finish;
+    /// Adds a process to a container; start runs it.
+    exec "Exec" ExecProcessRequest (), limited Finish;
+    /// Sets the size of a process's terminal.
+    resize_pty "ResizePty" ResizePtyRequest (), limited Finish;
+    /// Lets a process see the end of its standard input.
+    close_io "CloseIO" CloseIoRequest (), limited Finish;
+    /// Changes a container's resource limits.
+    update "Update" UpdateTaskRequest (), limited Finish;
+    /// Answers when a process has exited.
+    wait "Wait" WaitRequest WaitResponse, unlimited Drop;
+    /// Resource use of a container.
+    stats "Stats" StatsRequest StatsResponse, limited Finish;
+    /// Who the shim is.
+    connect_shim "Connect" ConnectRequest ConnectResponse, limited Finish;
+    /// Ends the shim when it has no container left, or at once when told so.
+    shutdown "Shutdown" ShutdownRequest (), limited Finish;
+}

@@ -1,4 +1,5 @@
-//! ttrpc with prost payloads: one way to call a method, one way to serve one, for every service of this crate.
+//! ttrpc with prost payloads: one way to call a method, one way to serve one, for every service of this crate. Calls can
+//! also go over gRPC, to shims that speak it.
 //!
 //! What the `ttrpc` crate does: framing (4 MiB at most), matching answers to requests, many calls at once on a
 //! connection. What is added here:
@@ -7,6 +8,8 @@
 //!   half-done create or exec must not be left behind. A handler that only waits may say so and is then dropped;
 //! - a handler that panics answers Internal instead of never;
 //! - an accept loop that pauses when the process is out of descriptors instead of spinning.
+
+mod grpc;
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -26,6 +29,7 @@ use ttrpc::r#async::transport::{Listener, Socket};
 use ttrpc::r#async::{MethodHandler, TtrpcContext};
 use ttrpc::{Request, Response};
 
+use crate::trace::{self, Context as TraceContext};
 use crate::{Code, Error, Result};
 
 /// The ttrpc header that carries the namespace.
@@ -54,44 +58,55 @@ pub fn socket_path(address: &str) -> Result<&Path> {
     )))
 }
 
-/// A ttrpc connection to a peer; clones share it.
+/// How calls travel on one connection: ttrpc, or gRPC, which some shims speak.
+#[async_trait]
+trait Wire: Send + Sync {
+    /// Sends a request, encoded; the answer, encoded. Closed when no status came, for whatever reason.
+    async fn exchange(
+        &self,
+        namespace: Option<&str>,
+        service: &str,
+        method: &str,
+        payload: Vec<u8>,
+    ) -> Result<Vec<u8>>;
+}
+
+/// A connection to a peer; clones share it.
 #[derive(Clone)]
 pub struct Connection {
-    client: ttrpc::r#async::Client,
+    wire: Arc<dyn Wire>,
     ended: watch::Receiver<()>,
     namespace: Option<Arc<str>>,
     unanswered: Arc<Semaphore>,
 }
 
 impl Connection {
-    /// Connects to a Unix socket address (see [`socket_path`]).
+    /// Connects to a Unix socket address (see [`socket_path`]), to speak ttrpc.
     ///
     /// # Errors
     /// Refused when nobody listens there, Unavailable when there is no way to it now, DeadlineExceeded when the peer does not accept within 10 s.
     pub async fn connect(address: &str) -> Result<Self> {
-        let path = socket_path(address)?;
-        let stream = tokio::time::timeout(CONNECT_LIMIT, UnixStream::connect(path))
-            .await
-            .map_err(|_| Error::deadline_exceeded(format!("connect to {address}: not accepted within 10 s")))?
-            .map_err(|error| {
-                let gone = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
-                let code = if gone { Code::Refused } else { Code::Unavailable };
-                Error::new(code, format!("connect to {address}: {error}"))
-            })?;
-        Ok(Self::over(stream))
+        Ok(Self::over(stream(address).await?))
     }
 
-    /// Speaks over a stream that is connected already.
+    /// Connects to a Unix socket address, to speak gRPC.
+    ///
+    /// # Errors
+    /// As [`Connection::connect`].
+    pub async fn connect_grpc(address: &str) -> Result<Self> {
+        let (socket, ended) = WatchedStream::new(stream(address).await?);
+        Ok(Self::on(Arc::new(grpc::connect(address, socket).await?), ended))
+    }
+
+    /// Speaks ttrpc over a stream that is connected already.
     #[must_use]
     pub fn over(stream: UnixStream) -> Self {
-        let (alive, ended) = watch::channel(());
-        let socket = Socket::new(WatchedStream { stream, _alive: alive });
-        Self {
-            client: ttrpc::r#async::Client::new(socket),
-            ended,
-            namespace: None,
-            unanswered: Arc::new(Semaphore::new(UNANSWERED_MAX)),
-        }
+        let (socket, ended) = WatchedStream::new(stream);
+        Self::on(Arc::new(Ttrpc(ttrpc::r#async::Client::new(Socket::new(socket)))), ended)
+    }
+
+    fn on(wire: Arc<dyn Wire>, ended: watch::Receiver<()>) -> Self {
+        Self { wire, ended, namespace: None, unanswered: Arc::new(Semaphore::new(UNANSWERED_MAX)) }
     }
 
     /// The same connection, whose calls carry this namespace in their metadata.
@@ -125,73 +140,130 @@ impl Connection {
         request: &Q,
         limit: Option<Duration>,
     ) -> Result<A> {
-        let mut envelope = Request::new();
-        envelope.service = service.to_owned();
-        envelope.method = method.to_owned();
-        envelope.payload = request.encode_to_vec();
-        if let Some(namespace) = &self.namespace {
-            let mut pair = ttrpc::proto::KeyValue::new();
-            pair.key = NAMESPACE_HEADER.to_owned();
-            pair.value = namespace.to_string();
-            envelope.metadata.push(pair);
-        }
-        if envelope.payload.len() > ttrpc::proto::MESSAGE_LENGTH_MAX - 4096 {
+        let payload = request.encode_to_vec();
+        if payload.len() > ttrpc::proto::MESSAGE_LENGTH_MAX - 4096 {
             return Err(Error::resource_exhausted(format!(
                 "call {service}/{method}: the request of {} bytes exceeds ttrpc's limit of 4 MiB",
-                envelope.payload.len()
+                payload.len()
             )));
         }
-        // The deadline stays on this side: the crate would pass it on, and a Go shim kills a running runc when
-        // its time is up, which leaves half a container.
+        // The deadline stays on this side: it would be passed on, and a Go shim kills a running runc when its time is up,
+        // which leaves half a container.
         let answer = match limit {
-            Some(limit) => self.request_within(limit, &format!("call {service}/{method}"), envelope).await,
+            Some(limit) => self.exchange_within(limit, service, method, payload).await,
             // Ends with its caller, and so with the connection: for waits.
-            None => self.request(envelope).await,
+            None => self.exchange(service, method, payload).await,
         };
-        let answer = answer?;
-        A::decode(answer.payload.as_slice()).map_err(|error| {
+        A::decode(answer?.as_slice()).map_err(|error| {
             Error::internal(format!("call {service}/{method}: the answer cannot be decoded: {error}"))
         })
     }
 
-    async fn request_within(&self, limit: Duration, what: &str, envelope: Request) -> Result<Response> {
+    async fn exchange_within(
+        &self,
+        limit: Duration,
+        service: &str,
+        method: &str,
+        payload: Vec<u8>,
+    ) -> Result<Vec<u8>> {
+        let what = || format!("call {service}/{method}");
         let Ok(running) = self.unanswered.clone().try_acquire_owned() else {
             return Err(Error::unavailable(format!(
-                "{what}: {UNANSWERED_MAX} calls are unanswered; is the peer stopped?"
+                "{}: {UNANSWERED_MAX} calls are unanswered; is the peer stopped?",
+                what()
             )));
         };
-        // In a task of its own: the crate closes the connection when a request is dropped in mid-write, which a
-        // caller that gives up must not cause.
-        let this = self.clone();
-        let request = tokio::spawn(async move {
+        // In a task of its own: the ttrpc crate closes the connection when a request is dropped in mid-write, and a gRPC
+        // peer is told to give up, which a caller that gives up must not cause.
+        let (this, to, name) = (self.clone(), service.to_owned(), method.to_owned());
+        let request = tokio::spawn(trace::carry(trace::current(), async move {
             let _running = running;
-            this.request(envelope).await
-        });
+            this.exchange(&to, &name, payload).await
+        }));
         match tokio::time::timeout(limit, request).await {
             Ok(answered) => answered.unwrap_or_else(|error| Err(Error::internal(error))),
-            Err(_) => Err(Error::deadline_exceeded(format!("{what}: no answer within {limit:?}"))),
+            Err(_) => Err(Error::deadline_exceeded(format!("{}: no answer within {limit:?}", what()))),
         }
     }
 
-    async fn request(&self, envelope: Request) -> Result<Response> {
-        match self.client.request(envelope).await {
-            // Also the crate's word for "the connection's task is gone", which the stream's end tells apart; the
-            // task may be about to drop it.
-            Err(ttrpc::Error::Others(message)) => {
+    async fn exchange(&self, service: &str, method: &str, payload: Vec<u8>) -> Result<Vec<u8>> {
+        match self.wire.exchange(self.namespace.as_deref(), service, method, payload).await {
+            // Also what is said when the connection goes on, and which of the two it is tells the stream's end; the task of
+            // the connection may be about to drop it.
+            Err(error) if error.code == Code::Closed => {
                 match tokio::time::timeout(Duration::from_millis(50), self.closed()).await {
-                    Ok(()) => Err(Error::closed(format!("the ttrpc connection closed: {message}"))),
-                    Err(_) => Err(Error::unknown(message)),
+                    Ok(()) => Err(Error::closed(format!("the connection closed: {}", error.message))),
+                    Err(_) => Err(Error::unknown(error.message)),
                 }
             }
-            other => Ok(other?),
+            answer => answer,
         }
     }
 }
 
-/// A stream that lets others know when it was dropped, which the ttrpc crate does when a connection ends.
+async fn stream(address: &str) -> Result<UnixStream> {
+    let path = socket_path(address)?;
+    tokio::time::timeout(CONNECT_LIMIT, UnixStream::connect(path))
+        .await
+        .map_err(|_| Error::deadline_exceeded(format!("connect to {address}: not accepted within 10 s")))?
+        .map_err(|error| {
+            let gone = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+            let code = if gone { Code::Refused } else { Code::Unavailable };
+            Error::new(code, format!("connect to {address}: {error}"))
+        })
+}
+
+struct Ttrpc(ttrpc::r#async::Client);
+
+#[async_trait]
+impl Wire for Ttrpc {
+    async fn exchange(
+        &self,
+        namespace: Option<&str>,
+        service: &str,
+        method: &str,
+        payload: Vec<u8>,
+    ) -> Result<Vec<u8>> {
+        let mut envelope = Request::new();
+        envelope.service = service.to_owned();
+        envelope.method = method.to_owned();
+        envelope.payload = payload;
+        if let Some(namespace) = namespace {
+            let mut pair = ttrpc::proto::KeyValue::new();
+            pair.key = NAMESPACE_HEADER.to_owned();
+            pair.value = namespace.to_owned();
+            envelope.metadata.push(pair);
+        }
+        if let Some(trace) = trace::current() {
+            for (key, value) in [
+                (trace::PARENT_HEADER, trace.parent()),
+                (trace::FILE_HEADER, trace.path().display().to_string()),
+            ] {
+                let mut pair = ttrpc::proto::KeyValue::new();
+                pair.key = key.to_owned();
+                pair.value = value;
+                envelope.metadata.push(pair);
+            }
+        }
+        match self.0.request(envelope).await {
+            Ok(answer) => Ok(answer.payload),
+            Err(ttrpc::Error::Others(message)) => Err(Error::closed(message)),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// A stream that lets others know when it was dropped, as it is when a connection ends.
 struct WatchedStream {
     stream: UnixStream,
     _alive: watch::Sender<()>,
+}
+
+impl WatchedStream {
+    fn new(stream: UnixStream) -> (Self, watch::Receiver<()>) {
+        let (alive, ended) = watch::channel(());
+        (WatchedStream { stream, _alive: alive }, ended)
+    }
 }
 
 impl AsyncRead for WatchedStream {
@@ -315,6 +387,12 @@ impl Server {
     }
 }
 
+/// The trace that a request is part of.
+fn trace_of(metadata: &HashMap<String, Vec<String>>) -> Option<TraceContext> {
+    let first = |name: &str| metadata.get(name)?.first();
+    TraceContext::open_file(first(trace::PARENT_HEADER)?, Path::new(first(trace::FILE_HEADER)?))
+}
+
 struct Handler<Q, R> {
     run: Box<R>,
     on_hang_up: OnHangUp,
@@ -330,14 +408,17 @@ where
     F: Future<Output = Result<A>> + Send + 'static,
     R: Fn(Q) -> F + Send + Sync + 'static,
 {
-    async fn handler(&self, _context: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
+    async fn handler(&self, context: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
+        // The span has to outlive the answer's making; it ends with this call.
+        let open = trace_of(&context.metadata).map(|trace| trace.open(&request.method));
+        let trace = open.as_ref().map(trace::Open::inside);
         let result = match Q::decode(request.payload.as_slice()) {
             Err(error) => Err(Error::invalid_argument(format!(
                 "{}/{}: the request cannot be decoded: {error}",
                 request.service, request.method
             ))),
             Ok(message) => {
-                let answer = (self.run)(message);
+                let answer = trace::carry(trace, (self.run)(message));
                 match self.on_hang_up {
                     OnHangUp::Drop => {
                         let mut serving = self.serving.clone();

@@ -20,13 +20,24 @@ const GROUP_ANNOTATIONS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kuberne
 #[serde(default)]
 pub(crate) struct Config {
     annotations: BTreeMap<String, String>,
+    hostname: String,
+    domainname: String,
     linux: Option<Linux>,
+    hooks: Option<Hooks>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Hooks {
+    poststart: Option<Vec<serde::de::IgnoredAny>>,
+    poststop: Option<Vec<serde::de::IgnoredAny>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Linux {
     namespaces: Vec<Namespace>,
+    sysctl: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -45,9 +56,46 @@ impl Config {
             .map_err(|error| Error::invalid_argument(format!("{} is no OCI config: {error}", path.display())))
     }
 
+    /// The same; without the file, nothing is set: a sandbox need not have one.
+    pub(crate) fn read_if_there(bundle: &Path) -> Result<Self> {
+        if bundle.join("config.json").exists() { Self::read(bundle) } else { Ok(Self::default()) }
+    }
+
+    pub(crate) fn hostname(&self) -> &str {
+        &self.hostname
+    }
+
+    pub(crate) fn domainname(&self) -> &str {
+        &self.domainname
+    }
+
+    /// By key, the values.
+    pub(crate) fn sysctls(&self) -> impl Iterator<Item = (&str, &str)> {
+        let linux = self.linux.iter();
+        linux.flat_map(|linux| &linux.sysctl).map(|(key, value)| (key.as_str(), value.as_str()))
+    }
+
+    /// By OCI's name of the kind, the paths; empty for a new one.
+    pub(crate) fn namespaces(&self) -> impl Iterator<Item = (&str, &str)> {
+        let linux = self.linux.iter().flat_map(|linux| &linux.namespaces);
+        linux.map(|namespace| (namespace.r#type.as_str(), namespace.path.as_str()))
+    }
+
     /// What containers of one shim have in common; without an annotation, the id alone.
     pub(crate) fn group<'a>(&'a self, id: &'a str) -> &'a str {
         GROUP_ANNOTATIONS.iter().find_map(|name| self.annotations.get(*name)).map_or(id, String::as_str)
+    }
+
+    /// Whether the runtime runs programs after the start.
+    pub(crate) fn has_poststart_hooks(&self) -> bool {
+        let hooks = self.hooks.as_ref().and_then(|hooks| hooks.poststart.as_ref());
+        hooks.is_some_and(|hooks| !hooks.is_empty())
+    }
+
+    /// Whether the runtime runs programs when the container is deleted.
+    pub(crate) fn has_poststop_hooks(&self) -> bool {
+        let hooks = self.hooks.as_ref().and_then(|hooks| hooks.poststop.as_ref());
+        hooks.is_some_and(|hooks| !hooks.is_empty())
     }
 
     /// Whether the kernel kills everything in the container when its init exits.
@@ -85,6 +133,23 @@ mod tests {
         assert_eq!(config(both).group("id"), "g");
         assert_eq!(config(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod"}}"#).group("id"), "pod");
         assert_eq!(config(r#"{"ociVersion":"1.0.2"}"#).group("id"), "id");
+    }
+
+    #[test]
+    fn hooks_are_noticed() {
+        let one = config(r#"{"hooks":{"prestart":[],"poststop":[{"path":"/bin/x"}]}}"#);
+        assert!(one.has_poststop_hooks() && !one.has_poststart_hooks());
+        let other = config(r#"{"hooks":{"poststart":[{"path":"/bin/x"}],"poststop":[]}}"#);
+        assert!(other.has_poststart_hooks() && !other.has_poststop_hooks());
+        for none in [
+            r#"{"hooks":{"prestart":[{"path":"/bin/x"}]}}"#,
+            r#"{"hooks":{"poststop":null}}"#,
+            r#"{"hooks":null}"#,
+            "{}",
+        ] {
+            let none = config(none);
+            assert!(!none.has_poststop_hooks() && !none.has_poststart_hooks(), "{none:?}");
+        }
     }
 
     #[test]

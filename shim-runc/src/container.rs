@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use proto::containerd::events as published;
 use shim_api::publisher::Publisher;
 use shim_api::task::CreateTaskRequest;
-use shim_api::{Error, Result};
+use shim_api::{Error, Result, trace};
 use sys::cgroup::Cgroup;
 use sys::reaper::{ExitOf, Reaper};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -55,6 +55,10 @@ pub(crate) struct Facts {
     pub(crate) runtime: Runtime,
     pub(crate) options: Options,
     rootfs: Option<PathBuf>,
+    /// Whether the runtime's `start` runs programs.
+    poststart_hooks: bool,
+    /// Whether the runtime's `delete` runs programs, which may want to see the root file system.
+    poststop_hooks: bool,
 }
 
 /// What can be asked of a container.
@@ -93,6 +97,7 @@ enum Message {
     Ask {
         request: Request,
         reply: oneshot::Sender<Result<Answer>>,
+        trace: Option<trace::Context>,
     },
     Event(Event),
     /// The runtime made a process late: an exec, or the init of a restored container.
@@ -151,9 +156,14 @@ impl Container {
         let bundle = PathBuf::from(&request.bundle);
         let config = Config::read(&bundle)?;
         options.write(&bundle)?;
-        let rootfs = rootfs::mount(&bundle, &request.rootfs).await?;
+        sys::failpoint!("shim.create.options");
+        let rootfs = trace::span("mount", rootfs::mount(&bundle, &request.rootfs)).await?;
+        sys::failpoint!("shim.create.mounted");
         let runtime = Runtime::new(shim.reaper.clone(), &shim.namespace, &request.id, &bundle, &options);
-        let facts = Arc::new(Facts { shim, id: request.id.clone(), bundle, runtime, options, rootfs });
+        let id = request.id.clone();
+        let (poststart_hooks, poststop_hooks) = (config.has_poststart_hooks(), config.has_poststop_hooks());
+        let facts =
+            Arc::new(Facts { shim, id, bundle, runtime, options, rootfs, poststart_hooks, poststop_hooks });
         match Self::make(&facts, &request, &config).await {
             Ok(made) => Ok(made),
             Err(error) => {
@@ -184,13 +194,15 @@ impl Container {
         if restore.is_none() {
             // From here the init's exit is kept until it is claimed.
             let _expectation = facts.shim.reaper.expect();
-            let mut prepared = facts.prepare(&live.stdio, &facts.id).await?;
+            let mut prepared = trace::span("open streams", facts.prepare(&live.stdio, &facts.id)).await?;
             let streams = prepared.take_streams();
+            sys::failpoint!("shim.create.streams");
             let pid = facts.runtime.create(&facts.options, streams, prepared.console_socket()).await?;
             running = Some(Running { pid, exit: facts.shim.reaper.claim(pid), io: prepared.attach().await? });
         }
         let pid = running.as_ref().map_or(0, |running| running.pid);
         let (inbox, messages) = mpsc::unbounded_channel();
+        sys::failpoint!("shim.create.pid");
         facts.publish_created(request, pid);
         let mut actor = Actor {
             facts: Arc::clone(facts),
@@ -218,7 +230,7 @@ impl Container {
     /// Asks for a change and waits until it is made.
     pub(crate) async fn ask(&self, request: Request) -> Result<Answer> {
         let (reply, answer) = oneshot::channel();
-        let _ = self.inbox.send(Message::Ask { request, reply });
+        let _ = self.inbox.send(Message::Ask { request, reply, trace: trace::current() });
         answer.await.unwrap_or_else(|_| Err(self.gone()))
     }
 
@@ -288,11 +300,24 @@ impl Facts {
     }
 
     async fn delete(&self, never_started: bool) -> Result<()> {
-        self.runtime.delete(never_started).await?;
-        match &self.rootfs {
-            Some(rootfs) => rootfs::unmount(rootfs).await,
-            None => Ok(()),
+        let unmounted = async {
+            match &self.rootfs {
+                Some(rootfs) => trace::span("unmount", rootfs::unmount(rootfs)).await,
+                None => Ok(()),
+            }
+        };
+        let deleted = self.runtime.delete(never_started);
+        if never_started || self.poststop_hooks {
+            deleted.await?;
+            unmounted.await?;
+        } else {
+            // Nothing runs in it any more. The end of an overlay waits until all of the disk beneath it is written, for
+            // which the runtime need not wait.
+            let (deleted, unmounted) = tokio::join!(deleted, unmounted);
+            deleted.and(unmounted)?;
         }
+        sys::failpoint!("shim.delete.unmounted");
+        Ok(())
     }
 
     fn publish_created(&self, request: &CreateTaskRequest, pid: u32) {
@@ -358,16 +383,22 @@ struct Actor {
     restore: Option<Restore>,
     cgroup: Option<Cgroup>,
     lives: HashMap<ProcessKey, Live>,
-    asked: HashMap<Caller, oneshot::Sender<Result<Answer>>>,
+    asked: HashMap<Caller, Asked>,
     next_caller: Caller,
     inbox: mpsc::WeakUnboundedSender<Message>,
+}
+
+/// Who waits for an answer, and the trace that the question is part of.
+struct Asked {
+    reply: oneshot::Sender<Result<Answer>>,
+    trace: Option<trace::Context>,
 }
 
 impl Actor {
     async fn run(mut self, mut messages: mpsc::UnboundedReceiver<Message>) {
         while let Some(message) = messages.recv().await {
             match message {
-                Message::Ask { request, reply } => self.asked(request, reply),
+                Message::Ask { request, reply, trace } => self.asked(request, Asked { reply, trace }),
                 Message::Event(event) => self.step(event),
                 Message::Running { caller, key, running } => self.running(caller, key, running),
                 Message::Done { caller, result } => self.answer(caller, result.map(|()| Answer::Done)),
@@ -381,10 +412,10 @@ impl Actor {
         }
     }
 
-    fn asked(&mut self, request: Request, reply: oneshot::Sender<Result<Answer>>) {
+    fn asked(&mut self, request: Request, asked: Asked) {
         self.next_caller += 1;
         let caller = self.next_caller;
-        self.asked.insert(caller, reply);
+        self.asked.insert(caller, asked);
         let event = match request {
             Request::Start(key) => Event::Start { caller, key },
             Request::Delete(key) => Event::Delete { caller, key },
@@ -436,8 +467,10 @@ impl Actor {
                     && let Some(live) = self.lives.get(key)
                 {
                     live.exit.send_replace(Some(*exit));
+                    sys::failpoint!("shim.exit.recorded");
                 }
                 facts.publish(notice);
+                sys::failpoint!("shim.event.queued");
             }
             Effect::Forget(key) => {
                 self.lives.remove(&key);
@@ -449,9 +482,9 @@ impl Actor {
                     self.state.process(&key).map(|process| process.phase),
                     Some(Phase::Deleting { exit: None, .. })
                 );
-                self.spawn(async move {
+                self.spawn_for(caller, async move {
                     if let Some(io) = io.filter(|_| !never_started)
-                        && !io.drained(DRAIN_BEFORE_DELETE).await
+                        && !trace::span("wait for output", io.drained(DRAIN_BEFORE_DELETE)).await
                     {
                         tracing::warn!(id = facts.id, exec = key.0, "output is lost: nobody reads it");
                     }
@@ -461,9 +494,12 @@ impl Actor {
             }
             Effect::Signal { caller, key, signal, all } => {
                 let handle = self.lives.get(&key).and_then(|live| live.handle.clone());
-                self.spawn(async move {
+                // What a signal to the init does beyond the signal is the runtime's: others die with it, a frozen one
+                // is thawed.
+                let alone = !all && !self.state.kill_rest_on_exit && self.state.freezer == Freezer::Thawed;
+                self.spawn_for(caller, async move {
                     let result = match handle {
-                        Some(process) if !key.is_init() => signal_exec(&process, signal),
+                        Some(process) if alone || !key.is_init() => signal_process(&process, signal),
                         _ => facts.runtime.kill(signal, all).await,
                     };
                     Message::Done { caller, result }
@@ -491,15 +527,16 @@ impl Actor {
         let restore = self.restore.clone().filter(|_| key.is_init() && self.state.init.pid == 0);
         if key.is_init() && restore.is_none() {
             let pid = self.state.init.pid;
-            self.spawn(async move {
-                let result = facts.runtime.start().await;
+            let handle = live.handle.clone().filter(|_| !facts.poststart_hooks);
+            self.spawn_for(caller, async move {
+                let result = facts.runtime.start(handle.as_deref()).await;
                 let result = result.map(|()| pid).map_err(|error| (error, SystemTime::now()));
                 Message::Event(Event::Started { caller, key, result })
             });
             return;
         }
         let (stdio, process) = (live.stdio.clone(), live.process.clone());
-        self.spawn(async move {
+        self.spawn_for(caller, async move {
             let running = match restore {
                 Some(restore) => facts.restore(&stdio, &restore).await,
                 None => facts.exec(&key, &stdio, &process).await,
@@ -531,15 +568,21 @@ impl Actor {
         }
         // Killing what the init left is more urgent than its output, which that may be holding up.
         let wait = !(key.is_init() && self.state.kill_rest_on_exit);
-        let drained = io.drained(if wait { DRAIN_BEFORE_EXIT } else { Duration::ZERO });
+        let drained = io.drained_for_exit(if wait { DRAIN_BEFORE_EXIT } else { Duration::ZERO });
         live.io = Some(Arc::new(io));
         let key = key.clone();
+        let traced = trace::current().map(|trace| (trace, trace::now()));
         self.spawn(async move {
             let exit = match exit.await {
                 Some(exit) => Exit { status: exit.status, at: exit.at },
                 None => Exit { status: 255, at: SystemTime::now() },
             };
+            if let Some((trace, began)) = traced {
+                trace.note("container", pid, "process, until its end", began);
+            }
+            sys::failpoint!("shim.exit.seen");
             drained.await;
+            sys::failpoint!("shim.exit.drained");
             Message::Event(Event::Exited { key, exit })
         });
     }
@@ -583,9 +626,15 @@ impl Actor {
     }
 
     fn answer(&mut self, caller: Caller, result: Result<Answer>) {
-        if let Some(reply) = self.asked.remove(&caller) {
-            let _ = reply.send(result);
+        if let Some(asked) = self.asked.remove(&caller) {
+            let _ = asked.reply.send(result);
         }
+    }
+
+    /// [`Self::spawn`] for what somebody asked for, as a part of their trace.
+    fn spawn_for(&self, caller: Caller, task: impl Future<Output = Message> + Send + 'static) {
+        let trace = self.asked.get(&caller).and_then(|asked| asked.trace.clone());
+        self.spawn(trace::carry(trace, task));
     }
 
     /// Runs what takes time; its message comes back to the actor, if that still lives.
@@ -600,7 +649,7 @@ impl Actor {
     }
 }
 
-fn signal_exec(process: &OwnedFd, signal: u32) -> Result<()> {
+fn signal_process(process: &OwnedFd, signal: u32) -> Result<()> {
     sys::pidfd::send_signal(process, signal).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => Error::not_found("process already finished"),
         std::io::ErrorKind::InvalidInput => Error::invalid_argument(format!("no such signal: {signal}")),

@@ -1,6 +1,6 @@
 //! The shim itself: serves the task service on the socket it was given until it is told to end.
 //!
-//! One thread does everything but mounting: a shim stands beside every container, so its memory counts as often.
+//! One thread does everything but mounting and writing logs, which may wait for disks: a shim stands beside every container, so its memory counts as often.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -15,7 +15,7 @@ use prost::Message;
 use proto::containerd::types::Envelope;
 use shim_api::publisher::{Publisher, Route, TtrpcRoute};
 use shim_api::transport::Services;
-use shim_api::{Error, Result, task};
+use shim_api::{Error, Result, sandbox, task, trace};
 use sys::reaper::Reaper;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
@@ -23,6 +23,7 @@ use tokio::sync::Notify;
 use crate::args::Args;
 use crate::container::Shim;
 use crate::log;
+use crate::sandbox::Sandbox;
 use crate::service::Service;
 
 /// The descriptor `start` passes the socket as.
@@ -34,7 +35,7 @@ const LAST_ANSWERS: Duration = Duration::from_millis(200);
 
 /// Serves until a Shutdown, or until SIGTERM finds no container.
 pub(crate) fn serve(args: &Args) -> Result<()> {
-    sys::process::keep_allocator_small();
+    sys::process::keep_allocator_small(1, 64 * 1024);
     // Whoever starts us may have left more open than we were given; the next thing we open must not be closed.
     let given = if args.socket.as_os_str().is_empty() { LISTENER } else { LISTENER - 1 };
     sys::process::close_descriptors_above(given.unsigned_abs())
@@ -47,7 +48,6 @@ pub(crate) fn serve(args: &Args) -> Result<()> {
     log::start(&bundle, args.debug);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(4)
         .thread_keep_alive(Duration::from_secs(1))
         .build()
         .map_err(|error| Error::internal(format!("start tokio: {error}")))?;
@@ -80,10 +80,17 @@ async fn serve_on(args: &Args, listener: UnixListener) -> Result<()> {
     let shim = Shim { namespace: args.namespace.as_str().into(), reaper, publisher: publisher.clone() };
 
     let done = Arc::new(Notify::new());
+    let reaper = shim.reaper.clone();
     let service = Arc::new(Service::new(shim, Arc::clone(&done)));
+    let pod = Sandbox::new(reaper, Arc::clone(&service), Arc::clone(&done));
+    service.belongs_to(&pod);
     let mut services = Services::new();
     task::register(&mut services, &service);
+    sandbox::register(&mut services, &pod);
+    sys::failpoint!("shim.serve.begin");
     let server = services.serve(listener).await?;
+    // From here on it answers; what it was started for says that it comes.
+    drop(trace::Context::of_environment().map(|trace| trace.open("begin").since(trace::process_began())));
     tracing::info!(id = args.id, namespace = args.namespace, pid = std::process::id(), "shim is up");
 
     let mut terminate = signal(SignalKind::terminate()).map_err(internal("watch SIGTERM"))?;
@@ -95,14 +102,17 @@ async fn serve_on(args: &Args, listener: UnixListener) -> Result<()> {
             _ = interrupt.recv() => {}
         }
         // Stopping the engine's unit may signal us too: containers go on.
-        if service.is_empty() {
+        if service.may_end() {
             break;
         }
-        tracing::warn!("a signal asks the shim to end, but it has containers: it goes on");
+        tracing::warn!("a signal asks the shim to end, but it has containers, or is a sandbox: it goes on");
     }
     // First the name, then the listener: whoever finds the name must find us behind it.
+    sys::failpoint!("shim.end.begin");
     socket.remove();
+    sys::failpoint!("shim.end.socket-gone");
     let left = publisher.drain(LAST_EVENTS).await;
+    sys::failpoint!("shim.end.drained");
     if left > 0 {
         tracing::error!(left, "events are lost: the engine did not take them");
     }

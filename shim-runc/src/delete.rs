@@ -14,6 +14,7 @@ use crate::args::Args;
 use crate::options::Options;
 use crate::rootfs;
 use crate::runc::Runtime;
+use crate::sandbox;
 
 /// 128 + SIGKILL: nobody saw how the container ended.
 const KILLED: u32 = 137;
@@ -35,8 +36,13 @@ pub(crate) fn delete(args: &Args) -> Result<Vec<u8>> {
         }
         Ok::<_, Error>(())
     })?;
+    sys::failpoint!("shim.cleanup.runtime");
     if let Err(error) = rootfs::unmount_now(&bundle.join("rootfs")) {
         eprintln!("warning: {error}");
+    }
+    sys::failpoint!("shim.cleanup.unmounted");
+    if let Err(error) = sandbox::unmake(&bundle) {
+        eprintln!("warning: take down the sandbox: {error}");
     }
     remove_dead_socket(&bundle);
     let pid = fs::read_to_string(bundle.join("init.pid")).ok().and_then(|text| text.trim().parse().ok());

@@ -6,6 +6,7 @@
 //!     (kept open until close-io)       process    --> pipe --> copy --> stderr fifo or file
 //!   stdin fifo --> copy --> terminal <->          --> terminal --> copy --> stdout fifo or file
 //!                                                 --> pipe --> logging program (no copying)
+//!                                                 --> pipe or terminal --> log, and clients of its socket (cri_log.rs)
 //! ```
 //!
 //! Invariants: opening never waits for a client. Both ends of an output fifo are held here, so clients may come, go
@@ -13,6 +14,7 @@
 //! exist only while data is moving.
 
 mod console;
+mod cri_log;
 mod logger;
 mod uri;
 
@@ -25,6 +27,7 @@ use std::process::Stdio as Stream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use shim_api::logs::{LogSpec, Stdin as LogStdin, Stream as Output};
 use shim_api::{Error, Result};
 use sys::fifo;
 use sys::reaper::Reaper;
@@ -34,10 +37,14 @@ use tokio::task::AbortHandle;
 
 use crate::runc::{ConsoleSocket, Streams};
 use console::Console;
+pub(crate) use cri_log::run_logger;
+use cri_log::{CriLog, Opened};
 use logger::Logger;
 use uri::Target;
 
 const BUFFER: usize = 32 * 1024;
+/// How long the end of a process may wait for its log: the disk may hang, or somebody else write without a pause.
+const FLUSH_LIMIT: Duration = Duration::from_millis(500);
 
 type Watched = AsyncFd<OwnedFd>;
 
@@ -70,6 +77,14 @@ pub(crate) struct Prepared {
     /// For a terminal: where its output goes.
     terminal_sink: Option<Sink>,
     logger: Option<Logger>,
+    log: Option<Log>,
+}
+
+/// A log, and our ends of the process's pipes; a terminal has none.
+struct Log {
+    opened: Opened,
+    sources: Vec<(Output, OwnedFd)>,
+    input: Option<OwnedFd>,
 }
 
 /// The fifo a client writes standard input to.
@@ -94,6 +109,7 @@ pub(crate) struct ProcessIo {
     copying: watch::Receiver<()>,
     tasks: Vec<AbortHandle>,
     _logger: Option<Logger>,
+    log: Option<CriLog>,
 }
 
 /// Opens everything a process's streams need.
@@ -108,6 +124,7 @@ pub(crate) async fn prepare(stdio: &Stdio, around: &Surroundings<'_>) -> Result<
         outputs: Vec::new(),
         terminal_sink: None,
         logger: None,
+        log: None,
     };
     let stdin = if stdio.stdin.is_empty() { None } else { Some(open_stdin(Path::new(&stdio.stdin))?) };
     let stdout = Target::parse(&stdio.stdout)?;
@@ -122,6 +139,11 @@ pub(crate) async fn prepare(stdio: &Stdio, around: &Surroundings<'_>) -> Result<
                     .map_err(|error| io_error("set up the logger's pipe", &error))?;
                 Some(Sink::Pipe(stdout))
             }
+            Target::Log(spec) => {
+                let opened = Opened::open(LogSpec { terminal: true, ..spec }).await?;
+                prepared.log = Some(Log { opened, sources: Vec::new(), input: None });
+                None
+            }
             other => Sink::open(&other)?,
         };
         return Ok(prepared);
@@ -133,7 +155,26 @@ pub(crate) async fn prepare(stdio: &Stdio, around: &Surroundings<'_>) -> Result<
         streams.stdin = theirs.into();
         prepared.stdin = Some(Stdin { pipe: Some(ours), ..stdin });
     }
-    if let Target::Program(program) = stdout {
+    if let Target::Log(spec) = stdout {
+        let mut log = Log {
+            opened: Opened::open(LogSpec { terminal: false, ..spec }).await?,
+            sources: Vec::new(),
+            input: None,
+        };
+        for (output, stream) in [(Output::Stdout, &mut streams.stdout), (Output::Stderr, &mut streams.stderr)]
+        {
+            let (ours, theirs) = pipe(around)?;
+            *stream = theirs.into();
+            log.sources.push((output, ours));
+        }
+        if log.opened.spec().stdin != LogStdin::No {
+            let (theirs, ours) = pipe(around)?;
+            fifo::set_nonblocking(&ours).map_err(|error| io_error("set up a pipe", &error))?;
+            streams.stdin = theirs.into();
+            log.input = Some(ours);
+        }
+        prepared.log = Some(log);
+    } else if let Target::Program(program) = stdout {
         let (logger, stdout, stderr) = Logger::start(&program, around).await?;
         prepared.logger = Some(logger);
         streams.stdout = stdout.into();
@@ -175,10 +216,15 @@ impl Prepared {
             copying,
             tasks: Vec::new(),
             _logger: self.logger,
+            log: None,
         };
         let failed = |error: io::Error| io_error("watch a stream", &error);
         if let Some(console) = self.console {
             let master = Arc::new(fifo::watch(console.receive().await?).map_err(failed)?);
+            if let Some(log) = self.log {
+                let sources = vec![(Output::Stdout, Arc::clone(&master))];
+                io.log = Some(log.opened.start(sources, Some(Arc::clone(&master)), alive.clone()));
+            }
             if let Some(sink) = self.terminal_sink {
                 let source = Arc::clone(&master);
                 let sink = sink.watch().map_err(failed)?;
@@ -196,6 +242,11 @@ impl Prepared {
             }
             io.terminal = Some(master);
             return Ok(io);
+        }
+        if let Some(log) = self.log {
+            let input = log.input.map(fifo::watch).transpose().map_err(failed)?;
+            let sources = cri_log::watched(log.sources)?;
+            io.log = Some(log.opened.start(sources, input.map(Arc::new), alive.clone()));
         }
         for (source, sink) in self.outputs {
             let source = fifo::watch(source).map_err(failed)?;
@@ -216,6 +267,9 @@ impl ProcessIo {
     /// Lets the process see the end of its input once every client has closed the fifo, too.
     pub(crate) fn close_stdin(&self) {
         self.keeper().take();
+        if let Some(log) = &self.log {
+            log.close_stdin();
+        }
     }
 
     /// Sets the terminal's size in characters; a process without one does not care.
@@ -232,6 +286,19 @@ impl ProcessIo {
         let mut copying = self.copying.clone();
         async move {
             tokio::time::timeout(limit, async { while copying.changed().await.is_ok() {} }).await.is_ok()
+        }
+    }
+
+    /// What has to be waited for before the process's end is told: the rest of its output, for at most `limit`. With a log
+    /// that is what it has written, however long somebody else holds the pipe.
+    pub(crate) fn drained_for_exit(&self, limit: Duration) -> impl Future<Output = ()> + Send + use<> {
+        let flusher = self.log.as_ref().map(CriLog::flusher);
+        let drained = self.drained(limit);
+        async move {
+            match flusher {
+                Some(flusher) => flusher.flush(FLUSH_LIMIT).await,
+                None => drop(drained.await),
+            }
         }
     }
 
@@ -271,6 +338,9 @@ impl Sink {
         };
         match target {
             Target::Nothing | Target::Program(_) => Ok(None),
+            Target::Log(_) => {
+                Err(Error::invalid_argument("a cri:// URI stands in stdout, and is for stderr as well"))
+            }
             Target::Path(path) if fifo::is_fifo(path) => {
                 Ok(Some(Self::Pipe(fifo::open_lasting_writer(path).map_err(failed(path))?)))
             }

@@ -5,6 +5,9 @@
 //!   start    stdin: options   -> binds the socket, starts the shim, answers its address   start.rs
 //!   (none)   serves tasks     -> service.rs -> container.rs -> state.rs, runc.rs, io.rs   daemon.rs
 //!   delete   cleans up after a shim that died                                             delete.rs
+//!   sandbox-init   the first process of a pod that shares its process ids                  sandbox.rs
+//!   sandbox-users  makes the namespaces of a pod that has one of users                     sandbox.rs
+//!   logger   the log of a container in the hands of another shim                          io/cri_log/process.rs
 //!   -v, -info                 -> what this is                                             info.rs
 //! ```
 //!
@@ -22,6 +25,7 @@ mod metrics;
 mod options;
 mod rootfs;
 mod runc;
+mod sandbox;
 mod service;
 mod start;
 mod state;
@@ -29,12 +33,13 @@ mod state;
 use std::io::{Read, Write};
 use std::process::ExitCode;
 
-use shim_api::{Error, Result};
+use shim_api::{Error, Result, trace};
 
 /// The name of the runtime this is the shim of.
 const RUNTIME_NAME: &str = "io.containerd.runc.v2";
 
 fn main() -> ExitCode {
+    trace::this_is("shim");
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -45,7 +50,19 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse(std::env::args().skip(1)).map_err(Error::invalid_argument)?;
+    if std::env::args().nth(1).is_some_and(|first| first == sandbox::INIT) {
+        sys::process::reap_for_ever();
+    }
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [first, network] = arguments.as_slice()
+        && first == sandbox::USERS
+    {
+        return sandbox::make_from_within(network);
+    }
+    if arguments.first().is_some_and(|first| shim_api::logs::LogSpec::is_logger(first)) {
+        return io::run_logger(&arguments);
+    }
+    let args = args::Args::parse(arguments).map_err(Error::invalid_argument)?;
     if args.version {
         return print(info::version().as_bytes());
     }
@@ -62,7 +79,10 @@ fn run() -> Result<()> {
         }
     }
     match args.action.as_str() {
-        "start" => print(&start::start(&args, &stdin()?)?),
+        "start" => trace::carry_blocking(trace::Context::of_environment(), || {
+            let _span = trace::current().map(|trace| trace.open("start").since(trace::process_began()));
+            print(&start::start(&args, &stdin()?)?)
+        }),
         "delete" => print(&delete::delete(&args)?),
         "" | "serve" => daemon::serve(&args),
         other => Err(Error::invalid_argument(format!("{other:?} is no action: start and delete are"))),

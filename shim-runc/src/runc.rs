@@ -7,14 +7,17 @@ mod failure;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde::Serialize;
-use shim_api::{Error, Result};
+use shim_api::{Error, Result, trace};
 use sys::reaper::Reaper;
+use tokio::net::unix::pipe;
 
 use crate::options::Options;
 
@@ -22,6 +25,8 @@ use crate::options::Options;
 const DEFAULT_BINARY: &str = "runc";
 /// Where runtimes keep their state, below it a folder for each namespace; other tools look there.
 const DEFAULT_ROOT: &str = "/run/containerd/runc";
+/// How often it is asked whether an init that does not answer is alive.
+const RELEASE_LOOK: Duration = Duration::from_millis(100);
 /// How much of a runtime's output is kept for an error message, in bytes.
 const OUTPUT_LIMIT: u64 = 64 * 1024;
 
@@ -79,8 +84,47 @@ impl Runtime {
         read_pid(&pid_file)
     }
 
-    pub(crate) async fn start(&self) -> Result<()> {
-        self.run("start", Arguments::new("start").for_container(&self.id), None).await
+    /// Lets the init go on to the container's program. With the init's handle without the runtime, where that would
+    /// do nothing else.
+    pub(crate) async fn start(&self, init: Option<&OwnedFd>) -> Result<()> {
+        trace::span(trace::LET_RUN, async {
+            if let Some(init) = init
+                && self.release(init).await
+            {
+                return Ok(());
+            }
+            self.run("start", Arguments::new("start").for_container(&self.id), None).await
+        })
+        .await
+    }
+
+    /// What runc's `start` consists of, at a third of its time: the init waits in opening a fifo, writes a byte into it
+    /// and executes. False where it is not known to be so, and where anything is not as it should be: runc knows what to say.
+    async fn release(&self, init: &OwnedFd) -> bool {
+        let state = self.root.join(&self.id);
+        let fifo = state.join("exec.fifo");
+        // crun has a fifo of that name, too, for the opposite direction, but no such state. A socket for readiness is
+        // served by `start`.
+        if !state.join("state.json").exists() || std::env::var_os("NOTIFY_SOCKET").is_some() {
+            return false;
+        }
+        let Ok(reader) = pipe::OpenOptions::new().open_receiver(&fifo) else { return false };
+        loop {
+            // Nobody tells the reader of a fifo that was never opened for writing that its writer has died.
+            let readable = tokio::time::timeout(RELEASE_LOOK, reader.readable()).await;
+            match reader.try_read(&mut [0]) {
+                Ok(0) => return false,
+                Ok(_) => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return false,
+            }
+            if readable.is_err() && sys::pidfd::send_signal(init, 0).is_err() {
+                return false;
+            }
+        }
+        sys::failpoint!("shim.start.released");
+        // By this runc tells a running container from a created one.
+        fs::remove_file(&fifo).is_ok()
     }
 
     /// Makes a container from a checkpoint and lets it run; answers the init's pid.
@@ -213,12 +257,26 @@ impl Runtime {
                 command.stdin(Stdio::null()).stdout(copy(&output)).stderr(copy(&output));
             }
         }
+        // Of the trace that the shim was started for; hooks have nothing to do with that.
+        for variable in trace::ENVIRONMENT.iter().filter(|variable| std::env::var_os(variable).is_some()) {
+            command.env_remove(variable);
+        }
         tracing::debug!(?command, "running the runtime");
+        let began = trace::current().map(|trace| (trace, trace::now()));
+        if matches!(verb, "create" | "exec" | "restore") {
+            tokio::task::spawn_blocking(sys::cgroup::hasten_moves);
+        }
         let spawned = self.reaper.spawn(&mut command);
         // Our copies of the container's streams go with the command.
         drop(command);
-        let (_, exit) = spawned.map_err(|error| failure::not_run(&self.binary, &error))?;
+        let (pid, exit) = spawned.map_err(|error| failure::not_run(&self.binary, &error))?;
+        sys::failpoint!("shim.runc.{verb}.spawned");
         let exit = exit.await.ok_or_else(|| Error::internal("the runtime's exit was lost"))?;
+        sys::failpoint!("shim.runc.{verb}.returned");
+        // A runtime takes no part in a trace: what is seen of it is when it began and when it ended.
+        if let Some((trace, began)) = began {
+            trace.note("runc", pid, verb, began);
+        }
         if exit.status == 0 {
             return Ok(());
         }

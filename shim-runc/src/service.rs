@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use async_trait::async_trait;
 use proto::containerd::events::TaskCheckpointed;
@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use crate::container::{Container, Request, Shim, View, absolute_bundle};
 use crate::io::Stdio;
 use crate::metrics;
+use crate::sandbox::{self, Sandbox};
 use crate::state::{Answer, Exit, Freezer, Phase, ProcessKey};
 
 /// The containers of this shim.
@@ -22,6 +23,8 @@ pub(crate) struct Service {
     shim: Shim,
     containers: Mutex<HashMap<String, Slot>>,
     done: Arc<Notify>,
+    /// The sandbox that this shim may be, which keeps it when the last container has gone.
+    sandbox: OnceLock<Weak<Sandbox>>,
 }
 
 enum Slot {
@@ -33,11 +36,22 @@ enum Slot {
 impl Service {
     /// `done` is notified when the shim may end.
     pub(crate) fn new(shim: Shim, done: Arc<Notify>) -> Self {
-        Self { shim, containers: Mutex::default(), done }
+        Self { shim, containers: Mutex::default(), done, sandbox: OnceLock::new() }
     }
 
+    pub(crate) fn belongs_to(&self, sandbox: &Arc<Sandbox>) {
+        let _ = self.sandbox.set(Arc::downgrade(sandbox));
+    }
+
+    /// Whether it has no container.
     pub(crate) fn is_empty(&self) -> bool {
         self.lock().is_empty()
+    }
+
+    /// Whether nobody needs the shim.
+    pub(crate) fn may_end(&self) -> bool {
+        let sandbox = self.sandbox.get().and_then(Weak::upgrade);
+        self.is_empty() && !sandbox.is_some_and(|sandbox| sandbox::is_one(&sandbox))
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
@@ -123,6 +137,7 @@ impl TaskService for Service {
         match created {
             Ok((container, pid)) => {
                 containers.insert(id, Slot::Ready(container));
+                sys::failpoint!("shim.create.done");
                 Ok(CreateTaskResponse { pid })
             }
             Err(error) => {
@@ -147,6 +162,7 @@ impl TaskService for Service {
         };
         if is_init {
             self.lock().remove(&request.id);
+            sys::failpoint!("shim.delete.done");
             // What a container leaves free in the allocator would be kept for the shim's life.
             sys::process::trim_memory();
         }
@@ -282,7 +298,7 @@ impl TaskService for Service {
     }
 
     async fn shutdown(&self, request: ShutdownRequest) -> Result<()> {
-        if request.now || self.is_empty() {
+        if request.now || self.may_end() {
             self.done.notify_one();
         }
         Ok(())

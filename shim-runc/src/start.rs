@@ -23,7 +23,7 @@ pub(crate) fn start(args: &Args, stdin: &[u8]) -> Result<Vec<u8>> {
     let (generation, launch) = Launch::read(stdin, &args.id, &args.namespace)?;
     let here =
         std::env::current_dir().map_err(|error| Error::internal(format!("find the bundle: {error}")))?;
-    let config = Config::read(&here)?;
+    let config = Config::read_if_there(&here)?;
     let options = Options::from_any(launch.options.as_ref())?;
     let folder = launch.socket_dir.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_SOCKET_DIR));
     let path = folder.join(socket_name(&args.address, &args.namespace, config.group(&args.id)));
@@ -33,7 +33,9 @@ pub(crate) fn start(args: &Args, stdin: &[u8]) -> Result<Vec<u8>> {
     let lock = sys::process::lock_folder(&folder)
         .map_err(|error| Error::internal(format!("lock {}: {error}", folder.display())))?;
     if let Some(listener) = bind_unless_served(&path)? {
+        sys::failpoint!("shim.start.bound");
         let started = spawn(args, &launch, listener).and_then(|pid| {
+            sys::failpoint!("shim.start.spawned");
             let settled = settle(pid, &options);
             // shim.pid is for people and for containerd 1.x.
             settled.and_then(|()| bundle::write(&here, "shim.pid", pid.to_string().as_bytes()))
@@ -46,6 +48,7 @@ pub(crate) fn start(args: &Args, stdin: &[u8]) -> Result<Vec<u8>> {
     drop(lock);
     // Engines 1.6 and 1.7 find the shim by this file after their restart.
     bundle::write(&here, "address", address.as_bytes())?;
+    sys::failpoint!("shim.start.addressed");
     Ok(match generation {
         // Every engine that sends options takes a bare address, and version 2 with it; JSON only some.
         Generation::Options => Answer::ttrpc(2, address).encode(Form::Bare),

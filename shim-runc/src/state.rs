@@ -59,9 +59,11 @@ pub(crate) enum Phase {
     /// The init has exited, its exit is not public yet.
     Exiting(Exit),
     Stopped(Exit),
-    /// Being removed. Without an exit it was never started, and the runtime kills it.
+    /// Being removed. Without an exit it was never started, and the runtime kills it; an init's exit then waits for
+    /// its execs' exits like any other.
     Deleting {
         exit: Option<Exit>,
+        exit_is_public: bool,
         removed_for: Option<Caller>,
     },
 }
@@ -215,19 +217,37 @@ impl State {
         if key.is_init() { Some(&mut self.init) } else { self.execs.get_mut(key) }
     }
 
-    /// Publishes the init's exit when no exec's exit is still to come.
+    /// Publishes the init's exit when no exec's exit is still to come, and ends a removal that waited for it.
     fn settle(&mut self, effects: &mut Vec<Effect>) {
-        let Phase::Exiting(exit) = self.init.phase else { return };
+        let (exit, removed_for) = match self.init.phase {
+            Phase::Exiting(exit) => (exit, None),
+            Phase::Deleting { exit: Some(exit), exit_is_public: false, removed_for } => (exit, removed_for),
+            _ => return,
+        };
         let busy = |process: &Process| matches!(process.phase, Phase::Starting { .. } | Phase::Running);
-        if !self.execs.values().any(busy) {
-            self.init.phase = Phase::Stopped(exit);
-            let key = ProcessKey::init();
-            effects.push(Effect::Publish(Notice::Exited { key, pid: self.init.pid, exit }));
+        if self.execs.values().any(busy) {
+            return;
+        }
+        self.init.phase = match self.init.phase {
+            Phase::Deleting { exit, removed_for, .. } => {
+                Phase::Deleting { exit, exit_is_public: true, removed_for }
+            }
+            _ => Phase::Stopped(exit),
+        };
+        let key = ProcessKey::init();
+        effects.push(Effect::Publish(Notice::Exited { key: key.clone(), pid: self.init.pid, exit }));
+        if let Some(caller) = removed_for {
+            remove(self, &key, caller, Some(exit), effects);
         }
     }
 
     fn init_exited(&mut self, exit: Exit, effects: &mut Vec<Effect>) {
-        self.init.phase = Phase::Exiting(exit);
+        self.init.phase = match self.init.phase {
+            Phase::Deleting { removed_for, .. } => {
+                Phase::Deleting { exit: Some(exit), exit_is_public: false, removed_for }
+            }
+            _ => Phase::Exiting(exit),
+        };
         self.freezer = Freezer::Thawed;
         if self.kill_rest_on_exit {
             effects.push(Effect::KillRest);
@@ -389,7 +409,7 @@ fn delete(state: &mut State, key: &ProcessKey) -> Result<(), Error> {
             return Err(unfit("delete a running process"));
         }
     };
-    process.phase = Phase::Deleting { exit, removed_for: None };
+    process.phase = Phase::Deleting { exit, exit_is_public: exit.is_some(), removed_for: None };
     Ok(())
 }
 
@@ -401,15 +421,19 @@ fn deleted(
     effects: &mut Vec<Effect>,
 ) {
     let Some(process) = state.process_mut(key) else { return };
-    let Phase::Deleting { exit, .. } = process.phase else { return };
+    let Phase::Deleting { exit, exit_is_public, .. } = process.phase else { return };
     if let Err(error) = result {
-        process.phase = exit.map_or(Phase::Created, Phase::Stopped);
+        process.phase = match exit {
+            None => Phase::Created,
+            Some(exit) if exit_is_public => Phase::Stopped(exit),
+            Some(exit) => Phase::Exiting(exit),
+        };
         effects.push(Effect::Reply { caller, result: Err(error) });
         return;
     }
-    if exit.is_none() && process.pid != 0 {
+    if !exit_is_public && process.pid != 0 {
         // Killed by its removal: the exit is on its way, and belongs in the answer.
-        process.phase = Phase::Deleting { exit, removed_for: Some(caller) };
+        process.phase = Phase::Deleting { exit, exit_is_public, removed_for: Some(caller) };
         return;
     }
     remove(state, key, caller, exit, effects);
@@ -450,20 +474,15 @@ fn exited(state: &mut State, key: &ProcessKey, exit: Exit, effects: &mut Vec<Eff
     let pid = process.pid;
     match process.phase {
         Phase::Starting { .. } => process.phase = Phase::Starting { exited: Some(exit) },
-        Phase::Created | Phase::Running if key.is_init() => state.init_exited(exit, effects),
+        Phase::Created | Phase::Running | Phase::Deleting { exit: None, .. } if key.is_init() => {
+            state.init_exited(exit, effects);
+        }
         Phase::Created | Phase::Running => {
             process.phase = Phase::Stopped(exit);
             effects.push(Effect::Publish(Notice::Exited { key: key.clone(), pid, exit }));
             state.settle(effects);
         }
-        Phase::Deleting { exit: None, removed_for } => {
-            process.phase = Phase::Deleting { exit: Some(exit), removed_for };
-            effects.push(Effect::Publish(Notice::Exited { key: key.clone(), pid, exit }));
-            if let Some(caller) = removed_for {
-                remove(state, key, caller, Some(exit), effects);
-            }
-        }
-        // A second exit of one process: its pid was another's by then.
+        // A second exit of one process: its pid was another's by then. An exec that is deleted unstarted had none.
         Phase::Exiting(_) | Phase::Stopped(_) | Phase::Deleting { .. } => {}
     }
 }

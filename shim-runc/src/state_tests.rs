@@ -210,3 +210,32 @@ fn an_early_exit_waits_for_the_start() {
         matches!(&effects[..], [Effect::Reply { result: Err(error), .. }] if error.code == shim_api::Code::Unknown)
     );
 }
+
+/// A created container may run execs; its removal kills them with the init, whose exit still comes last.
+#[test]
+fn a_created_init_that_is_deleted_waits_for_its_execs() {
+    let exec = || ProcessKey("a".to_owned());
+    let exit = Exit { status: 137, at: AT };
+    let mut state = State::created(5, false);
+    let mut step = |event| {
+        let (next, effects) = transition(state.clone(), event);
+        state = next;
+        effects
+    };
+    step(Event::Add { caller: 1, key: exec() });
+    step(Event::Start { caller: 2, key: exec() });
+    step(Event::Started { caller: 2, key: exec(), result: Ok(6) });
+    step(Event::Delete { caller: 3, key: ProcessKey::init() });
+    assert_eq!(step(Event::Exited { key: ProcessKey::init(), exit }), []);
+    assert_eq!(step(Event::Deleted { caller: 3, key: ProcessKey::init(), result: Ok(()) }), []);
+    assert_eq!(
+        step(Event::Exited { key: exec(), exit }),
+        [
+            Effect::Publish(Notice::Exited { key: exec(), pid: 6, exit }),
+            Effect::Publish(Notice::Exited { key: ProcessKey::init(), pid: 5, exit }),
+            Effect::Publish(Notice::Deleted { pid: 5, exit: Some(exit) }),
+            Effect::Reply { caller: 3, result: Ok(Answer::Deleted { pid: 5, exit: Some(exit) }) },
+            Effect::Forget(ProcessKey::init()),
+        ]
+    );
+}

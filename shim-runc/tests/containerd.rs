@@ -167,6 +167,29 @@ fn stock_containerd_drives_our_shim() {
     let metrics = text(&stock.ctr(&["task", "metrics", "long"]));
     assert!(metrics.contains("memory"), "{metrics}");
 
+    // Logs in CRI's format: by our shim, and by our logger under our shim and Debian's.
+    let spec = shim_api::logs::LogSpec::new(
+        Some(stock.folder.path().join("logs of a pod/0.log")),
+        stock.folder.path().join("streams/logged"),
+    );
+    let logger = spec.to_binary_uri(Path::new(SHIM));
+    let debian = ["--runtime", "/usr/bin/containerd-shim-runc-v2"];
+    for (number, (runtime, uri)) in
+        [(&[][..], &spec.to_uri()), (&[], &logger), (&debian, &logger)].into_iter().enumerate()
+    {
+        let arguments = [runtime, &["-d", "--log-uri", uri]].concat();
+        let ended = stock.run(&arguments, "logged", "echo out; echo err >&2; printf end");
+        assert!(ended.status.success(), "{}", text(&ended));
+        stock.until("the container ends", || stock.status("logged") == "STOPPED");
+        assert!(stock.ctr(&["task", "rm", "logged"]).status.success());
+        assert!(stock.ctr(&["container", "rm", "logged"]).status.success());
+        let log = || fs::read_to_string(spec.path.as_ref().unwrap()).unwrap();
+        stock.until("the log is written", || log().lines().count() == 3 * (number + 1));
+        for expected in [" stdout F out\n", " stderr F err\n", " stdout P end\n"] {
+            assert_eq!(log().matches(expected).count(), number + 1, "{}", log());
+        }
+        stock.until("the socket is removed", || !spec.socket.exists());
+    }
     // One container ends while nobody is there to see it.
     stock.kill();
     fs::write(stock.folder.path().join("rootfs/tmp/go"), "").unwrap();

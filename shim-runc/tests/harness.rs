@@ -218,8 +218,10 @@ impl Drop for Engine {
                 let cwd = fs::read_link(entry.path().join("cwd")).unwrap_or_default();
                 let pid = entry.file_name().to_string_lossy().parse::<i32>();
                 let exe = fs::read_link(entry.path().join("exe")).unwrap_or_default();
-                if let (Ok(pid), true) = (pid, cwd.starts_with(self.folder.path()) && exe == Path::new(SHIM))
-                {
+                if let (Ok(pid), true) = (
+                    pid,
+                    cwd.starts_with(self.folder.path()) && exe.file_name() == Path::new(SHIM).file_name(),
+                ) {
                     let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
                 }
             }

@@ -193,9 +193,10 @@ async fn output_waits_for_readers_that_come_and_go() {
     let mut first = [0; 4];
     fs::File::open(&stdout).unwrap().read_exact(&mut first).unwrap();
     assert_eq!(&first, b"one\n");
-    // The first reader is gone. A writer comes and goes; the process goes on.
-    fs::OpenOptions::new().write(true).open(&stdin).unwrap().write_all(b"go\n").unwrap();
+    // The first reader is gone and another comes: before the process may end, since its pipe goes with it. A writer comes and
+    // goes; the process goes on.
     let mut reader = fs::File::open(&stdout).unwrap();
+    fs::OpenOptions::new().write(true).open(&stdin).unwrap().write_all(b"go\n").unwrap();
     let rest = tokio::task::spawn_blocking(move || {
         let mut rest = String::new();
         reader.read_to_string(&mut rest).unwrap();

@@ -1,8 +1,10 @@
 //! Where a client wants a process's output: nothing, a path, `file:///path`, or a program to log it,
-//! `binary:///program?key=value` (or `binary-v2://`, which must say that it is ready).
+//! `binary:///program?key=value` (or `binary-v2://`, which must say that it is ready), or `cri://`, which the shim's
+//! own logs are described by.
 
 use std::path::PathBuf;
 
+use shim_api::logs::{LogSpec, percent_decoded};
 use shim_api::{Error, Result};
 
 #[derive(Debug, PartialEq, Eq)]
@@ -13,6 +15,8 @@ pub(super) enum Target {
     /// A file to append to, made when it is not there.
     LogFile(PathBuf),
     Program(Program),
+    /// A log that is written here, of both streams.
+    Log(LogSpec),
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -29,6 +33,9 @@ impl Target {
         let Some((scheme, rest)) = uri.split_once("://") else {
             return Ok(if uri.is_empty() { Self::Nothing } else { Self::Path(uri.into()) });
         };
+        if scheme == "cri" {
+            return LogSpec::parse(uri).map(Self::Log);
+        }
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
         let bad = |why| Error::invalid_argument(format!("stdio URI {uri:?}: {why}"));
         let path = PathBuf::from(decode(path, false).ok_or_else(|| bad("not percent-encoded UTF-8"))?);
@@ -49,25 +56,13 @@ impl Target {
                 }
                 Ok(Self::Program(Program { path, arguments, says_ready: scheme == "binary-v2" }))
             }
-            _ => Err(bad("the schemes fifo, file, binary and binary-v2 are known")),
+            _ => Err(bad("the schemes fifo, file, binary, binary-v2 and cri are known")),
         }
     }
 }
 
 fn decode(text: &str, plus_is_space: bool) -> Option<String> {
-    let mut bytes = text.bytes();
-    let mut decoded = Vec::with_capacity(text.len());
-    while let Some(byte) = bytes.next() {
-        decoded.push(match byte {
-            b'%' => {
-                let mut digit = || char::from(bytes.next()?).to_digit(16);
-                u8::try_from(digit()? * 16 + digit()?).ok()?
-            }
-            b'+' if plus_is_space => b' ',
-            other => other,
-        });
-    }
-    String::from_utf8(decoded).ok()
+    String::from_utf8(percent_decoded(text, plus_is_space)?).ok()
 }
 
 #[cfg(test)]
@@ -84,7 +79,9 @@ mod tests {
         };
         assert_eq!(program.arguments, ["tag", "a b", "x", "&", "flag", ""]);
         assert!(!program.says_ready);
-        for bad in ["http://x/y", "file://rel", "binary:///%zz", "file:///%ff"] {
+        let log = LogSpec::new(Some("/l".into()), "/s".into());
+        assert_eq!(Target::parse(&log.to_uri()).unwrap(), Target::Log(log));
+        for bad in ["cri:///l", "http://x/y", "file://rel", "binary:///%zz", "file:///%ff"] {
             assert!(Target::parse(bad).is_err(), "{bad}");
         }
     }
