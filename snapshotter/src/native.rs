@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 
-use crate::overlay::{Folders, bind};
-use crate::{Info, Kind, Labels, Mount, Result, Snapshotter, Usage, io};
+use crate::folders::{CONTENT, Folders, PLAIN, Way, bind, sync_filesystem};
+use crate::store::Record;
+use crate::{Kind, Labels, Mount, Result, io};
 
 pub(crate) const NAME: &str = "native";
 
@@ -28,91 +29,75 @@ pub struct Native {
 impl Native {
     /// Opens, or makes, the snapshots in `root`.
     pub fn open(root: &Path) -> Result<Self> {
-        Ok(Native { folders: Folders::open(root)? })
+        Ok(Native { folders: Folders::open(root, PLAIN)? })
+    }
+}
+
+impl Way for Native {
+    fn folders(&self) -> &Folders {
+        &self.folders
     }
 
-    fn make(&self, key: &str, kind: Kind, parent: &str, labels: &Labels) -> Result<Vec<Mount>> {
-        self.folders.make(key, kind, parent, labels, |folder| {
+    fn make(&self, key: &str, kind: Kind, parent: &str, labels: &Labels) -> Result<()> {
+        self.folders.make(key, kind, parent, labels, |folder, _| {
             // Each is whole, so that those further beneath do not matter.
-            let beneath = match self.folders.store.chain(parent)?.first() {
-                Some((parent, id)) => Some(self.folders.content(parent, *id)?),
-                None => None,
-            };
-            let own = folder.join("fs");
+            let beneath = self.folders.layer(parent)?;
+            let own = folder.join(CONTENT);
             sys::fs::create_dir(&own, 0o755).map_err(io("create", &own))?;
             match beneath {
                 // A view without changes of its own shows its parent's folder.
                 Some(parent) if kind == Kind::Active => {
                     copy_tree(&parent, &own).map_err(io("copy into a snapshot", &parent))?;
                     // The copy is a part of what is acknowledged: a power cut must not leave half of it.
-                    sys::fs::sync_filesystem(&own).map_err(io("sync the file system of", &own))
+                    sync_filesystem(&own)
                 }
                 _ => Ok(()),
             }
-        })?;
-        self.mounts(key)
-    }
-}
-
-impl Snapshotter for Native {
-    fn prepare(&self, key: &str, parent: &str, labels: &Labels) -> Result<Vec<Mount>> {
-        self.make(key, Kind::Active, parent, labels)
+        })
     }
 
-    fn view(&self, key: &str, parent: &str, labels: &Labels) -> Result<Vec<Mount>> {
-        self.make(key, Kind::View, parent, labels)
-    }
-
-    fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
-        let record = self.folders.mountable(key)?;
-        let shown = match (record.kind, self.folders.store.chain(&record.parent)?.first()) {
-            (Kind::View, Some((parent, id))) => self.folders.content(parent, *id)?,
-            _ => self.folders.content(key, record.id)?,
+    fn mounts_of(&self, key: &str, record: &Record) -> Result<Vec<Mount>> {
+        let shown = match (record.kind, self.folders.layer(&record.parent)?) {
+            (Kind::View, Some(parent)) => parent,
+            _ => self.folders.content(key, record.id, record.kind)?,
         };
         let mode = if record.kind == Kind::View { "ro" } else { "rw" };
         Ok(vec![bind(&shown, mode)])
     }
-
-    fn commit(&self, name: &str, key: &str, labels: &Labels) -> Result<()> {
-        self.folders.commit(name, key, labels)
-    }
-
-    fn remove(&self, key: &str) -> Result<()> {
-        self.folders.remove(key)
-    }
-
-    fn stat(&self, key: &str) -> Result<Info> {
-        self.folders.store.get(key).map(|record| record.info(key))
-    }
-
-    fn update(&self, info: &Info, paths: &[String]) -> Result<Info> {
-        self.folders.store.update(info, paths)
-    }
-
-    fn walk(&self, visit: &mut dyn FnMut(Info) -> Result<()>) -> Result<()> {
-        self.folders.store.all().into_iter().try_for_each(|(key, record)| visit(record.info(&key)))
-    }
-
-    fn usage(&self, key: &str) -> Result<Usage> {
-        self.folders.usage(key)
-    }
-
-    fn cleanup(&self) -> Result<()> {
-        self.folders.cleanup()
-    }
 }
 
 /// Copies a tree into the folder `to`: data (shared or in the kernel where that goes), owner, mode, times, extended
-/// attributes, hard links within the tree, symlinks, devices and fifos.
-fn copy_tree(from: &Path, to: &Path) -> io::Result<()> {
+/// attributes, hard links within the tree, symlinks, devices and fifos. What is in `to` already must not be in the way.
+pub fn copy_tree(from: &Path, to: &Path) -> io::Result<()> {
     let mut links = HashMap::new();
-    copy_folder(from, to, &mut links)
+    // Not by recursion: a tree can be as deep as a path has names, which is more than a thread's stack may hold.
+    let mut todo = vec![Step::Enter(from.to_owned(), to.to_owned())];
+    while let Some(step) = todo.pop() {
+        match step {
+            Step::Enter(from, to) => {
+                let folders = copy_entries(&from, &to, &mut links)?;
+                todo.push(Step::Leave(from, to));
+                todo.extend(folders);
+            }
+            // Last, since each entry made changes the folder's time.
+            Step::Leave(from, to) => copy_attributes(&fs::symlink_metadata(&from)?, &from, &to)?,
+        }
+    }
+    Ok(())
+}
+
+/// What is to be done with a folder and its copy.
+enum Step {
+    Enter(PathBuf, PathBuf),
+    Leave(PathBuf, PathBuf),
 }
 
 /// The first copy of each file with several links, by device and inode of its source.
 type Links = HashMap<(u64, u64), PathBuf>;
 
-fn copy_folder(from: &Path, to: &Path, links: &mut Links) -> io::Result<()> {
+/// Copies what is in a folder; the folders among it are made, and left to be entered.
+fn copy_entries(from: &Path, to: &Path, links: &mut Links) -> io::Result<Vec<Step>> {
+    let mut folders = Vec::new();
     for entry in fs::read_dir(from)? {
         let entry = entry?;
         let (source, target) = (entry.path(), to.join(entry.file_name()));
@@ -127,8 +112,10 @@ fn copy_folder(from: &Path, to: &Path, links: &mut Links) -> io::Result<()> {
         let kind = metadata.file_type();
         if kind.is_dir() {
             fs::create_dir(&target)?;
-            copy_folder(&source, &target, links)?;
-        } else if kind.is_file() {
+            folders.push(Step::Enter(source, target));
+            continue;
+        }
+        if kind.is_file() {
             copy_file(&source, &target)?;
         } else if kind.is_symlink() {
             std::os::unix::fs::symlink(fs::read_link(&source)?, &target)?;
@@ -144,12 +131,9 @@ fn copy_folder(from: &Path, to: &Path, links: &mut Links) -> io::Result<()> {
             };
             rustix::fs::mknodat(CWD, &target, kind, Mode::from_raw_mode(0o600), metadata.rdev())?;
         }
-        if !metadata.is_dir() {
-            copy_attributes(&metadata, &source, &target)?;
-        }
+        copy_attributes(&metadata, &source, &target)?;
     }
-    // Last, since each entry made changes the folder's time.
-    copy_attributes(&fs::symlink_metadata(from)?, from, to)
+    Ok(folders)
 }
 
 fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
@@ -186,4 +170,23 @@ fn copy_attributes(metadata: &fs::Metadata, from: &Path, to: &Path) -> io::Resul
     };
     rustix::fs::utimensat(CWD, to, &times, AtFlags::SYMLINK_NOFOLLOW)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_as_deep_as_a_path_is_long_is_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        let deep = ["a"; 1900].join("/");
+        fs::create_dir_all(from.join(&deep)).unwrap();
+        fs::write(from.join(&deep).join("end"), "x").unwrap();
+        fs::create_dir(&to).unwrap();
+        // An eighth of what the engine's threads have.
+        let small = std::thread::Builder::new().stack_size(256 << 10);
+        small.spawn(move || copy_tree(&from, &to).unwrap()).unwrap().join().unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join("to").join(&deep).join("end")).unwrap(), "x");
+    }
 }

@@ -21,18 +21,24 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Info, Kind, Labels, Result, Usage, io};
+use crate::{Commit, Error, Info, Kind, Labels, Result, Usage, io};
 
 const MAGIC: &[u8] = b"gantry snapshots 1\n";
 /// A longer frame is damage: labels are limited far below.
 const FRAME_MAX: usize = 16 << 20;
+/// So much is taken on the disk behind the journal's end, for removals to be recorded on a full disk.
+const ROOM: u64 = 256 << 10;
 /// The journal is not written anew below this size, in bytes.
 const COMPACT_MIN: u64 = 1 << 20;
+/// How long our own lock may outlive its file: a program that is being started has copies of all files until its exec.
+const FORK_LIMIT: Duration = Duration::from_secs(2);
 
 /// What is stored of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +76,8 @@ struct State {
     making: BTreeSet<u64>,
     journal: File,
     length: u64,
+    /// Up to where the disk has room for it; 0 where that cannot be had.
+    room: u64,
     /// Bytes of frames that the records now in memory would take.
     live: u64,
     /// Counts frames, across rewrites of the journal.
@@ -143,9 +151,28 @@ impl State {
         }
     }
 
+    /// Takes room behind the journal's end, whose length stays; an error when the disk is full.
+    fn take_room(&mut self) -> io::Result<()> {
+        match rustix::fs::fallocate(&self.journal, FallocateFlags::KEEP_SIZE, self.length, ROOM) {
+            Ok(()) => self.room = self.length + ROOM,
+            Err(error @ (Errno::NOSPC | Errno::DQUOT)) => return Err(error.into()),
+            // There is none to be had, full or not.
+            Err(_) => {}
+        }
+        Ok(())
+    }
+
     /// Appends one frame and applies it; the number to sync up to. On a failed write the journal is as before.
     fn write(&mut self, root: &Path, changes: Vec<Change>) -> Result<u64> {
         let frame = encode(&changes).map_err(io("encode a record for", root))?;
+        let removes = changes.iter().any(|change| matches!(change, Change::Delete(_)));
+        if self.length + frame.len() as u64 + ROOM / 2 > self.room
+            && let Err(error) = self.take_room()
+            && !removes
+        {
+            // The rest is for those that give space back.
+            return Err(io("take room for the journal in", root)(error));
+        }
         if let Err(error) = self.journal.write_all(&frame) {
             let restored =
                 self.journal.set_len(self.length).and_then(|()| self.journal.seek(SeekFrom::End(0)));
@@ -191,6 +218,66 @@ fn any_frame(bytes: &[u8]) -> bool {
     (0..bytes.len()).any(|at| decode(&bytes[at..]).is_some())
 }
 
+/// The records in `root`, of which nothing is changed, and how many bytes a crash left half written behind them; None where
+/// there is no journal.
+pub(crate) fn read(root: &Path) -> Result<Option<(BTreeMap<String, Record>, u64)>> {
+    let path = root.join("journal");
+    let bytes = match fs::read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        read => read.map_err(io("read", &path))?,
+    };
+    if !bytes.starts_with(MAGIC) {
+        return Err(foreign(root));
+    }
+    let mut records = BTreeMap::new();
+    let length = replay(root, &bytes, |change| match change {
+        Change::Put(key, record) => drop(records.insert(key, record)),
+        Change::Delete(key) => drop(records.remove(&key)),
+    })?;
+    Ok(Some((records, bytes.len() as u64 - length)))
+}
+
+/// Goes through the changes of a journal's bytes; the length of its whole frames, behind which there is at most the one that a
+/// crash cut short. To take damage before other frames for that would undo acknowledged changes, and have the folders of what
+/// they made removed.
+fn replay(root: &Path, bytes: &[u8], mut each: impl FnMut(Change)) -> Result<u64> {
+    let mut at = MAGIC.len();
+    while let Some((changes, length)) = decode(&bytes[at..]) {
+        at += length;
+        changes.into_iter().for_each(&mut each);
+    }
+    if at < bytes.len() && any_frame(&bytes[at + 1..]) {
+        return Err(damaged(root, at as u64));
+    }
+    Ok(at as u64)
+}
+
+/// That there is no journal where there are folders.
+pub(crate) fn missing(root: &Path) -> Error {
+    Error::Lost(format!(
+        "{} is missing, while folders of snapshots are there; put the journal back, or move {} away to begin anew without \
+         its snapshots",
+        root.join("journal").display(),
+        root.display()
+    ))
+}
+
+fn damaged(root: &Path, good: u64) -> Error {
+    Error::Lost(format!(
+        "{path} is damaged at byte {good}, and goes on behind that; put {root} back from a backup, or move it away to begin \
+         anew without its snapshots; `truncate -s {good} {path}` gives up every change behind the damage",
+        path = root.join("journal").display(),
+        root = root.display()
+    ))
+}
+
+fn foreign(root: &Path) -> Error {
+    Error::FailedPrecondition(format!(
+        "{} is not a snapshot journal of this version; move the folder away to begin anew",
+        root.join("journal").display()
+    ))
+}
+
 impl Store {
     /// Opens, or begins, the records in `root`. `taken` is the highest number of a folder that is there, 0 for none:
     /// where there are folders, records there were.
@@ -202,21 +289,22 @@ impl Store {
             .write(true)
             .open(&lock_path)
             .map_err(io("open", &lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => return Err(Error::InUse(root.to_owned())),
-            Err(fs::TryLockError::Error(source)) => return Err(io("lock", &lock_path)(source)),
+        let deadline = Instant::now() + FORK_LIMIT;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                Err(fs::TryLockError::WouldBlock) => return Err(Error::InUse(root.to_owned())),
+                Err(fs::TryLockError::Error(source)) => return Err(io("lock", &lock_path)(source)),
+            }
         }
         let path = root.join("journal");
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound && taken > 0 => {
-                return Err(Error::Lost(format!(
-                    "{} is missing, while folders of snapshots are there; put the journal back, or move {} away to \
-                     begin anew without its snapshots",
-                    path.display(),
-                    root.display()
-                )));
+                return Err(missing(root));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 sys::fs::write_atomic(&path, MAGIC, 0o600).map_err(io("create", &path))?;
@@ -225,10 +313,7 @@ impl Store {
             Err(error) => return Err(io("read", &path)(error)),
         };
         if !bytes.starts_with(MAGIC) {
-            return Err(Error::FailedPrecondition(format!(
-                "{} is not a snapshot journal of this version; move the folder away to begin anew",
-                path.display()
-            )));
+            return Err(foreign(root));
         }
         let journal = OpenOptions::new().write(true).open(&path).map_err(io("open", &path))?;
         let mut state = State {
@@ -238,28 +323,14 @@ impl Store {
             making: BTreeSet::new(),
             journal,
             length: MAGIC.len() as u64,
+            room: 0,
             live: 0,
             sequence: 0,
             broken: None,
         };
-        while let Some((changes, length)) = decode(&bytes[state.length as usize..]) {
-            state.length += length as u64;
-            changes.into_iter().for_each(|change| state.apply(change));
-        }
+        state.length = replay(root, &bytes, |change| state.apply(change))?;
         let torn = bytes.len() as u64 - state.length;
         if torn > 0 {
-            // What a crash cuts short is the last. Taking this for it would undo acknowledged changes, and have the
-            // folders of what they made removed.
-            if any_frame(&bytes[state.length as usize + 1..]) {
-                return Err(Error::Lost(format!(
-                    "{path} is damaged at byte {good}, and goes on behind that; put {root} back from a backup, or move it \
-                     away to begin anew without its snapshots; `truncate -s {good} {path}` gives up every change behind \
-                     the damage",
-                    path = path.display(),
-                    good = state.length,
-                    root = root.display()
-                )));
-            }
             tracing::warn!(journal = %path.display(), torn, "cut off a record that a crash left half written");
             state
                 .journal
@@ -268,6 +339,8 @@ impl Store {
                 .map_err(io("cut", &path))?;
         }
         state.journal.seek(SeekFrom::End(0)).map_err(io("seek in", &path))?;
+        // On a full disk it is what an earlier process took.
+        let _ = state.take_room();
         Ok(Store { root: root.to_owned(), state: Mutex::new(state), synced: Mutex::new(0), _lock: lock })
     }
 
@@ -301,7 +374,9 @@ impl Store {
             let (changes, value) = decide(&state)?;
             (state.write(&self.root, changes)?, value)
         };
+        sys::failpoint!("snapshots.journal.written");
         self.sync(sequence)?;
+        sys::failpoint!("snapshots.journal.synced");
         // The change is on disk, whichever of the two journals a crash from here on leaves: it does not fail with this.
         let mut state = self.state.lock();
         if state.broken.is_none() && state.length > COMPACT_MIN && state.length > state.live * 4 {
@@ -355,26 +430,48 @@ impl Store {
     }
 
     pub(crate) fn commit(&self, name: &str, key: &str, usage: Usage, labels: &Labels) -> Result<()> {
+        let (name, key, labels) = (name.to_owned(), key.to_owned(), labels.clone());
+        self.commit_stack(&[(&Commit { name, key, parent: None, labels }, usage)])
+    }
+
+    /// Commits several in one frame, of which one may be the parent of a later one.
+    pub(crate) fn commit_stack(&self, commits: &[(&Commit, Usage)]) -> Result<()> {
         self.change(|state| {
-            let mut record = check_commit(state, name, key)?;
-            record.kind = Kind::Committed;
-            record.labels = labels.clone();
-            record.updated = now();
-            (record.size, record.inodes) = (usage.size, usage.inodes);
-            Ok((vec![Change::Delete(key.to_owned()), Change::Put(name.to_owned(), record)], ()))
+            let (mut changes, mut names) = (Vec::new(), BTreeSet::new());
+            for (Commit { name, key, parent, labels }, usage) in commits {
+                let mut record = check_commit(state, name, key)?;
+                if let Some(parent) = parent {
+                    if !parent.is_empty()
+                        && !names.contains(parent)
+                        && find(state, parent)?.kind != Kind::Committed
+                    {
+                        return Err(not_a_layer(parent, key));
+                    }
+                    record.parent.clone_from(parent);
+                }
+                if !names.insert(name) {
+                    return Err(Error::AlreadyExists(name.clone()));
+                }
+                record.kind = Kind::Committed;
+                record.labels = labels.clone();
+                record.updated = now();
+                (record.size, record.inodes) = (usage.size, usage.inodes);
+                changes.extend([Change::Delete(key.clone()), Change::Put(name.clone(), record)]);
+            }
+            Ok((changes, ()))
         })
     }
 
-    /// Deletes a record; the number of the folder that is now nobody's.
-    pub(crate) fn remove(&self, key: &str) -> Result<u64> {
+    /// Deletes a record, whose folder is now nobody's.
+    pub(crate) fn remove(&self, key: &str) -> Result<Record> {
         self.change(|state| {
-            let record = find(state, key)?;
+            let record = find(state, key)?.clone();
             if let Some(count) = state.children.get(key) {
                 return Err(Error::FailedPrecondition(format!(
                     "snapshot {key:?} cannot be removed: {count} other snapshot(s) are stacked on it; remove these first"
                 )));
             }
-            Ok((vec![Change::Delete(key.to_owned())], record.id))
+            Ok((vec![Change::Delete(key.to_owned())], record))
         })
     }
 
@@ -442,11 +539,15 @@ fn check_new(state: &State, key: &str, parent: &str) -> Result<()> {
         return Err(Error::AlreadyExists(key.to_owned()));
     }
     if !parent.is_empty() && find(state, parent)?.kind != Kind::Committed {
-        return Err(Error::InvalidArgument(format!(
-            "snapshot {parent:?} is not committed, so that {key:?} cannot be stacked on it"
-        )));
+        return Err(not_a_layer(parent, key));
     }
     Ok(())
+}
+
+fn not_a_layer(parent: &str, key: &str) -> Error {
+    Error::InvalidArgument(format!(
+        "snapshot {parent:?} is not committed, so that {key:?} cannot be stacked on it"
+    ))
 }
 
 fn check_commit(state: &State, name: &str, key: &str) -> Result<Record> {
@@ -479,7 +580,10 @@ fn compact(state: &mut State, root: &Path) {
         .and_then(|length| Ok((length, OpenOptions::new().write(true).open(&path)?)))
         .and_then(|(length, mut journal)| journal.seek(SeekFrom::End(0)).map(|_| (length, journal)));
     match rewritten {
-        Ok((length, journal)) => (state.journal, state.length) = (journal, length),
+        Ok((length, journal)) => {
+            (state.journal, state.length, state.room) = (journal, length, 0);
+            let _ = state.take_room();
+        }
         Err(error) => {
             tracing::error!(journal = %path.display(), %error, "the journal could not be written anew");
             // After the rename, what is written on to the old file would be lost.
