@@ -4,17 +4,25 @@
 
 pub mod containers;
 pub mod content;
+pub mod cri_images;
+pub mod cri_runtime;
 pub mod diff;
 pub mod events;
 pub mod gc;
 pub mod images;
 pub mod introspection;
+pub mod journal;
 pub mod leases;
+pub mod mounts;
 pub mod namespaces;
+pub mod registry;
 pub mod sandboxes;
 pub mod shim_events;
 pub mod snapshots;
+pub mod streaming;
 pub mod tasks;
+pub mod transfer;
+pub mod upkeep;
 pub mod version;
 
 use crate::error::{Error, Result};
@@ -27,4 +35,15 @@ fn required<T>(message: Option<T>, name: &str) -> Result<T> {
 /// The paths of an update mask, empty when there is none.
 fn mask(mask: Option<prost_types::FieldMask>) -> Vec<String> {
     mask.map(|mask| mask.paths).unwrap_or_default()
+}
+
+/// A platform of a request.
+fn platform(wanted: proto::containerd::types::Platform) -> oci::Platform {
+    oci::Platform {
+        architecture: wanted.architecture,
+        os: wanted.os,
+        os_version: wanted.os_version,
+        os_features: wanted.os_features,
+        variant: wanted.variant,
+    }
 }

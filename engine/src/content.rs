@@ -17,13 +17,16 @@
 //! ingest; only those who would commit another namespace's blob as it is may be several. A ref is reused, a key never: a
 //! writer touches the ref's record only while that has the writer's key.
 
+pub(crate) mod dropped;
+mod mend;
+mod remote;
 mod session;
 mod store;
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,8 +38,10 @@ use oci::{Algorithm, Digest};
 use proto::containerd::events::{ContentCreate, ContentDelete};
 use proto::containerd::services::content::v1::{Info, Status};
 
+pub use remote::Plugin;
+use remote::Remote;
 pub use session::Session;
-use store::{Finished, Held, Ingest, Store};
+use store::{Finished, Held, Ingest, Store, Taken};
 
 use crate::context::{Namespace, RequestContext};
 use crate::error::{Error, Result, blocking, outlive};
@@ -53,8 +58,8 @@ use crate::metadata::{Metadata, Read, Transaction};
 pub const FOLDER: &str = "io.containerd.content.v1.content";
 /// How long an ingest without a lease is kept.
 const INGEST_LIFE: Duration = Duration::from_secs(24 * 3600);
-/// Bytes in one piece of a blob that is read.
-const PIECE: u64 = 1 << 20;
+/// How long the end of another writer is waited for before the ingest is tried again: other reasons end untold.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// The content of all namespaces; cheap to clone.
 #[derive(Clone)]
@@ -115,7 +120,28 @@ enum Recorded {
 impl Content {
     /// Opens the store under `root` and tidies up: ingests whose time is over, and ingests that no record knows. Blocks.
     pub fn open(root: &Path, metadata: Metadata, events: Exchange) -> Result<Self> {
-        let store = Store::open(root)?;
+        Self::open_with(root, metadata, events, None)
+    }
+
+    /// The same with a plugin, which has the bytes of blobs, so that `root` has ingests alone. To be called within the
+    /// runtime.
+    pub fn open_with(
+        root: &Path,
+        metadata: Metadata,
+        events: Exchange,
+        plugin: Option<&Plugin>,
+    ) -> Result<Self> {
+        let mut store = Store::open(root)?;
+        if let Some(plugin) = plugin {
+            let unseen = store.blobs()?.len();
+            if unseen > 0 {
+                tracing::warn!(
+                    unseen, folder = %root.display(), plugin = plugin.name,
+                    "blobs in the engine's own folder are not looked at while a plugin has the content"
+                );
+            }
+            store = store.with(Remote::new(plugin)?);
+        }
         let ingests = metadata.view().list::<IngestRecord>(&[]);
         let folders = store.ingests()?;
         // Past what is on disk, too: what could not be removed must not become another ingest's beginning.
@@ -166,6 +192,10 @@ impl Content {
         if over.is_empty() {
             return Ok(());
         }
+        if !self.store.is_here() {
+            // The start does not wait for another process; they are the collector's.
+            released.clear();
+        }
         self.metadata.commit_blocking(move |txn| {
             for parts in &over {
                 let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
@@ -175,8 +205,13 @@ impl Content {
         })?;
         let store = self.store.clone();
         let unused = self.metadata.commit_blocking(move |txn| take_unused(&store, txn, &released))?;
-        remove_taken(&unused.taken);
+        delete_taken(unused.taken);
         Ok(())
+    }
+
+    /// Where the store is.
+    pub fn root(&self) -> &Path {
+        self.store.root()
     }
 
     /// One blob; NotFound when this namespace has none of this digest.
@@ -250,7 +285,7 @@ impl Content {
                     // Once this was answered, what had yet to come to disk is there.
                     digests = later;
                     blocking(move || {
-                        remove_taken(&taken);
+                        delete_taken(taken);
                         Ok(())
                     })
                     .await
@@ -266,12 +301,39 @@ impl Content {
         }
     }
 
-    /// Opens a blob's file; its size. Blocks for as long as an open takes.
+    /// Opens a blob's file; its size. Blocks: for as long as an open takes or, where another process has the blob, as fetching it.
     pub fn open_blob(&self, context: &RequestContext, digest: &Digest) -> Result<(File, u64)> {
-        let info = self.info(context, digest)?;
-        let path = self.store.blob_path(digest);
-        let file = File::open(&path).map_err(|error| Error::io("open the blob", &path, &error))?;
-        Ok((file, u64::try_from(info.size).unwrap_or(0)))
+        let info = self.info(context, digest).map_err(|error| {
+            let namespace = context.namespace().map_or("", Namespace::as_str);
+            let why = dropped::why_missing(&self.metadata.view(), namespace, digest);
+            why.map_or(error, Error::not_found)
+        })?;
+        let size = u64::try_from(info.size).unwrap_or(0);
+        Ok((self.store.open_blob(digest, size)?, size))
+    }
+
+    /// A whole blob of at most `limit` bytes (a manifest, a config), its digest checked: DataLoss when its file is damaged. Blocks,
+    /// as [`Content::open_blob`] does.
+    pub fn read_document(&self, context: &RequestContext, digest: &Digest, limit: u64) -> Result<Vec<u8>> {
+        let (file, size) = self.open_blob(context, digest)?;
+        if size > limit {
+            return Err(Error::invalid_argument(format!(
+                "{digest} of {size} bytes is larger than the limit of {limit} for its kind"
+            )));
+        }
+        let mut bytes = Vec::new();
+        file.take(limit + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|error| Error::data_loss(format!("blob {digest} cannot be read: {error}")))?;
+        let mut hasher = digest.algorithm().hasher();
+        hasher.update(&bytes);
+        let found = hasher.finish();
+        if found != *digest {
+            return Err(Error::data_loss(format!(
+                "blob {digest} is damaged: its bytes have the digest {found}; `ctr images verify --repair` fetches it again"
+            )));
+        }
+        Ok(bytes)
     }
 
     /// A blob from `offset` on, `size` bytes or, for 0, all: pieces with their offsets. OutOfRange past the end.
@@ -282,29 +344,14 @@ impl Content {
         offset: u64,
         size: u64,
     ) -> Result<impl Stream<Item = Result<(u64, Bytes)>> + Send + 'static> {
-        let (this, context) = (self.clone(), context.clone());
-        let (file, length) = blocking(move || {
-            let (mut file, length) = this.open_blob(&context, &digest)?;
-            if offset > length {
-                return Err(Error::out_of_range(format!(
-                    "blob {digest} has {length} bytes; there is nothing at {offset}"
-                )));
-            }
-            let path = this.store.blob_path(&digest);
-            file.seek(SeekFrom::Start(offset)).map_err(|error| Error::io("read", path, &error))?;
-            Ok((file, length))
-        })
-        .await?;
+        let length = u64::try_from(self.info(context, &digest)?.size).unwrap_or(0);
+        if offset > length {
+            return Err(Error::out_of_range(format!(
+                "blob {digest} has {length} bytes; there is nothing at {offset}"
+            )));
+        }
         let end = if size == 0 { length } else { length.min(offset.saturating_add(size)) };
-        // One piece at a time: a slow reader holds one piece of memory and no thread.
-        Ok(futures::stream::try_unfold((file, offset), move |(file, offset)| async move {
-            if offset >= end {
-                return Ok(None);
-            }
-            let (file, piece) = blocking(move || read_piece(file, PIECE.min(end - offset))).await?;
-            let next = offset + piece.len() as u64;
-            Ok(Some(((offset, piece), (file, next))))
-        }))
+        self.store.read(digest, offset, end).await
     }
 
     /// One ingest; NotFound when there is none of this ref.
@@ -440,6 +487,38 @@ impl Content {
         total: u64,
         expected: Option<Digest>,
     ) -> Result<Writer> {
+        self.open_writer(context, reference, total, expected, true).await
+    }
+
+    /// The same for a transfer: the ingest is not of the caller's lease, so that it outlives a transfer that fails, and the
+    /// next goes on with it. While another writer has the ingest, this waits for it.
+    pub async fn resumable_writer(
+        &self,
+        context: &RequestContext,
+        reference: &str,
+        total: u64,
+        expected: &Digest,
+    ) -> Result<Writer> {
+        loop {
+            let released = self.store.released.notified();
+            tokio::pin!(released);
+            released.as_mut().enable();
+            let (reference, expected) = (reference.to_owned(), Some(expected.clone()));
+            match self.open_writer(context, reference, total, expected, false).await {
+                Err(Error::Unavailable(_)) => drop(tokio::time::timeout(RETRY, released).await),
+                opened => return opened,
+            }
+        }
+    }
+
+    async fn open_writer(
+        &self,
+        context: &RequestContext,
+        reference: String,
+        total: u64,
+        expected: Option<Digest>,
+        leased: bool,
+    ) -> Result<Writer> {
         let namespace = context.namespace()?.clone();
         if reference.is_empty() {
             return Err(Error::invalid_argument("an ingest needs a ref"));
@@ -452,7 +531,9 @@ impl Content {
                 let (namespace, reference) = (namespace.clone(), reference.clone());
                 let (context, expected) = (context.clone(), expected.clone());
                 let open = move |txn: &mut Transaction| {
-                    open_ingest(&store, &sequence, txn, &context, &namespace, &reference, total, expected)
+                    open_ingest(
+                        &store, &sequence, txn, &context, leased, &namespace, &reference, total, expected,
+                    )
                 };
                 this.metadata.commit(open).await?
             };
@@ -488,6 +569,7 @@ fn open_ingest(
     sequence: &AtomicU64,
     txn: &mut Transaction,
     context: &RequestContext,
+    leased: bool,
     namespace: &Namespace,
     reference: &str,
     total: u64,
@@ -499,7 +581,7 @@ fn open_ingest(
             leases::join(txn, context, leases::CONTENT, digest.as_str())?;
             return Ok(Opened::Exists);
         }
-        let size = store.blob_size(&digest)?;
+        let size = shared_size(store, txn, &digest)?;
         shared = size.filter(|size| total == 0 || total == *size).map(|size| (digest, size));
     }
     let now = SystemTime::now();
@@ -513,13 +595,30 @@ fn open_ingest(
         }
     });
     let held = store.hold(&record.key, shared.is_some())?;
-    leases::join(txn, context, leases::INGESTS, reference)?;
-    record.expires_at = context.lease().is_none().then(|| (now + INGEST_LIFE).into());
+    let leased = leased && context.lease().is_some();
+    if leased {
+        leases::join(txn, context, leases::INGESTS, reference)?;
+    }
+    record.expires_at = (!leased).then(|| (now + INGEST_LIFE).into());
     let released =
         shared_blob(&record).filter(|blob| shared.as_ref().is_none_or(|(digest, _)| digest != blob));
     record.shared = shared.as_ref().map(|(digest, _)| digest.to_string()).unwrap_or_default();
     txn.put(&[namespace.as_str(), reference], &record)?;
     Ok(Opened::Ingest { held, shared, released })
+}
+
+/// Within a commit: the size of a blob that some namespace has. Where blobs are another process's, which no commit may wait for,
+/// it is the records that tell.
+fn shared_size(store: &Store, state: &impl Read, digest: &Digest) -> Result<Option<u64>> {
+    if store.is_here() {
+        return store.blob_size(digest);
+    }
+    for namespace in state.keys::<NamespaceRecord>(&[]) {
+        if let Some(record) = state.get::<BlobRecord>(&[&namespace.concat(), digest.as_str()])? {
+            return Ok(u64::try_from(record.size).ok());
+        }
+    }
+    Ok(None)
 }
 
 /// The blob of another namespace that an ingest is to be.
@@ -529,8 +628,8 @@ fn shared_blob(ingest: &IngestRecord) -> Option<Digest> {
 
 /// Blobs that nobody needs any more.
 struct Unused {
-    /// Where their files are now, to be deleted.
-    taken: Vec<PathBuf>,
+    /// Out of the store, to be deleted.
+    taken: Vec<Taken>,
     /// Those that are needed on disk: the commit that lets them go is under way.
     later: Vec<Digest>,
 }
@@ -546,7 +645,7 @@ fn take_unused(store: &Store, txn: &Transaction, digests: &[Digest]) -> Result<U
             continue;
         }
         match store.take_out(digest) {
-            Ok(path) => unused.taken.extend(path),
+            Ok(taken) => unused.taken.extend(taken),
             Err(error) => tracing::warn!(%error, "the file of a deleted blob stays"),
         }
     }
@@ -572,14 +671,10 @@ fn named<'a>(state: &impl Read, digests: &'a [Digest]) -> Result<HashSet<&'a Dig
     Ok(named)
 }
 
-fn remove_taken(taken: &[PathBuf]) {
-    for path in taken {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                let path = path.display();
-                tracing::warn!(%path, %error, "the file of a deleted blob stays until the next start");
-            }
-            _ => {}
+fn delete_taken(taken: Vec<Taken>) {
+    for blob in taken {
+        if let Err(error) = blob.delete() {
+            tracing::warn!(%error, "a deleted blob's bytes stay until they are collected");
         }
     }
 }
@@ -635,16 +730,13 @@ impl Writer {
 
     /// The ingest's own data; what was shared till now becomes so, with a copy of the bytes when they are wanted.
     fn own(&mut self, copy: bool) -> Result<&mut Ingest> {
-        if let Data::Shared { digest, .. } = &self.data {
+        if let Data::Shared { digest, size, .. } = &self.data {
             let store = &self.content.store;
             self.held.write()?;
             let mut ingest = store.writer(&self.held, 0, digest.algorithm())?;
             ingest.truncate()?;
             if copy {
-                let path = store.blob_path(digest);
-                let mut blob =
-                    File::open(&path).map_err(|error| Error::io("open the blob", &path, &error))?;
-                ingest.write_from(&mut blob)?;
+                ingest.write_from(&mut store.open_blob(digest, *size)?)?;
             }
             self.data = Data::Own(Box::new(ingest));
         }
@@ -658,6 +750,33 @@ impl Writer {
     pub fn suspend(self) {
         if let Data::Own(ingest) = self.data {
             ingest.suspend();
+        }
+    }
+
+    /// The file that has the bytes, to be read at any offset while it grows. Blocks.
+    pub fn reader(&self) -> Result<File> {
+        match &self.data {
+            Data::Own(ingest) => ingest
+                .reader()
+                .map_err(|error| Error::unknown(format!("read ingest {:?}: {error}", self.reference))),
+            Data::Shared { digest, size, .. } => self.content.store.open_blob(digest, *size),
+        }
+    }
+
+    /// Comes back once another waits for this ingest to end.
+    pub fn wanted(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.held.wanted()
+    }
+
+    /// Throws the ingest away.
+    pub async fn discard(self) -> Result<()> {
+        let Writer { content, context, reference, held, .. } = self;
+        let key = held.key.clone();
+        let thrown = content.abort_ingest(&context, reference, Some(key)).await;
+        drop(held);
+        match thrown {
+            Err(Error::NotFound(_)) => Ok(()),
+            thrown => thrown,
         }
     }
 
@@ -686,6 +805,7 @@ impl Writer {
         };
         let record = Recording { context, namespace, reference, key: held.key.clone(), digest, size, labels };
         let recorded = content.publish_and_record(&mut finished, &record).await;
+        sys::failpoint!("content.commit.recorded");
         // The pin goes before anything is looked at for removal.
         drop(finished);
         let Recording { namespace, reference, digest, .. } = record;
@@ -719,6 +839,154 @@ impl Writer {
     }
 }
 
+/// An ingest that is whole, and what it is to become.
+pub struct Complete {
+    /// The ingest.
+    pub writer: Writer,
+    /// The size of the blob.
+    pub size: u64,
+    /// Its digest.
+    pub digest: Digest,
+    /// Its labels, unless it is there.
+    pub labels: Labels,
+}
+
+impl Content {
+    /// Makes many ingests blobs of the namespace: one sync for all of them, and one commit of their records. Those that are
+    /// there meanwhile, or that were aborted, are left out. `synced` says that what was written before is on disk.
+    pub async fn commit_all(&self, complete: Vec<Complete>, synced: bool) -> Result<()> {
+        let this = self.clone();
+        outlive(async move { this.commit_all_now(complete, synced).await }).await
+    }
+
+    async fn commit_all_now(&self, complete: Vec<Complete>, synced: bool) -> Result<()> {
+        let store = self.store.clone();
+        let (finished, records, helds) = blocking(move || {
+            let (mut finished, mut records, mut helds) = (Vec::new(), Vec::new(), Vec::new());
+            for Complete { writer, size, digest, labels } in complete {
+                labels::validate_all(&labels)?;
+                let Writer { context, namespace, reference, data, held, .. } = writer;
+                finished.extend(match data {
+                    Data::Own(ingest) => Some(ingest.check(size, Some(&digest))?),
+                    Data::Shared { .. } => None,
+                });
+                let key = held.key.clone();
+                records.push(Recording { context, namespace, reference, key, digest, size, labels });
+                helds.push(held);
+            }
+            if !synced {
+                store.sync_all()?;
+            }
+            Ok((finished, records, helds))
+        })
+        .await?;
+        sys::failpoint!("content.commit-all.synced");
+        let (recorded, finished) = self.publish_and_record_all(finished, &records).await;
+        sys::failpoint!("content.commit-all.recorded");
+        // The pins go before anything is looked at for removal.
+        drop(finished);
+        let all: Vec<Digest> = records.iter().map(|record| record.digest.clone()).collect();
+        let recorded = match recorded {
+            Ok(recorded) => recorded,
+            Err(error) => {
+                self.remove_unused(all).await;
+                return Err(error);
+            }
+        };
+        let store = self.store.clone();
+        let ended = blocking(move || {
+            for held in helds {
+                if let Err(error) = store.remove_ingest(&held.key) {
+                    tracing::warn!(%error, "an ingest that is over stays until the next start");
+                }
+            }
+            Ok(())
+        });
+        ended.await?;
+        let (mut unused, mut gone) = (Vec::new(), None);
+        for (record, recorded) in records.into_iter().zip(recorded) {
+            match recorded {
+                Recorded::Done { existed, released } => {
+                    unused.extend(released);
+                    if !existed {
+                        let event = ContentCreate {
+                            digest: record.digest.to_string(),
+                            size: signed(record.size),
+                            media_type: String::new(),
+                        };
+                        self.events.publish(&record.namespace, "/content/create", &event);
+                    }
+                }
+                Recorded::Aborted | Recorded::Gone => {
+                    unused.push(record.digest);
+                    gone = gone.or(Some(record.reference));
+                }
+            }
+        }
+        self.remove_unused(unused).await;
+        match gone {
+            None => Ok(()),
+            Some(reference) => {
+                Err(missing_ingest(&reference).context("it was aborted or removed before its commit"))
+            }
+        }
+    }
+
+    /// Brings the names of blobs to disk, and then their records; what became of each.
+    async fn publish_and_record_all(
+        &self,
+        mut finished: Vec<Finished>,
+        records: &[Recording],
+    ) -> (Result<Vec<Recorded>>, Vec<Finished>) {
+        // A removal that had begun before the pins may take a file once; there can be no other then.
+        for _ in 0..2 {
+            let store = self.store.clone();
+            let digests: Vec<Digest> = records.iter().map(|record| record.digest.clone()).collect();
+            let published = blocking(move || {
+                let linked = finished.iter().try_for_each(Finished::link);
+                // One folder holds all of one algorithm.
+                let folders: BTreeMap<&str, &Digest> =
+                    digests.iter().map(|digest| (digest.algorithm().as_str(), digest)).collect();
+                let named = linked
+                    .and_then(|()| folders.into_values().try_for_each(|digest| store.sync_name(digest)));
+                Ok((named, finished))
+            });
+            let published = match published.await {
+                Ok((published, back)) => {
+                    finished = back;
+                    published
+                }
+                Err(error) => return (Err(error), Vec::new()),
+            };
+            if let Err(error) = published {
+                return (Err(error), finished);
+            }
+            let (store, all) = (self.store.clone(), records.to_vec());
+            let recorded = self.metadata.commit(move |txn| {
+                // A file that is not there shall not leave the others recorded without it.
+                let there = |record: &Recording| -> Result<bool> {
+                    // One in another process's store was put there under a pin.
+                    Ok(!store.is_here() || store.blob_size(&record.digest)? == Some(record.size))
+                };
+                for record in &all {
+                    if !there(record)? {
+                        return Ok(None);
+                    }
+                }
+                let write = |record: Recording| record.write(&store, txn);
+                all.into_iter().map(write).collect::<Result<Vec<_>>>().map(Some)
+            });
+            match recorded.await {
+                Ok(Some(recorded)) => return (Ok(recorded), finished),
+                Ok(None) => {}
+                Err(error) => return (Err(error), finished),
+            }
+        }
+        let gone = Error::failed_precondition("blobs were removed while they were committed; try again");
+        (Err(gone), finished)
+    }
+}
+
 /// A blob about to be recorded.
 #[derive(Clone)]
 struct Recording {
@@ -743,7 +1011,8 @@ impl Recording {
             if ours.is_none() {
                 return Ok(Recorded::Aborted);
             }
-            if store.blob_size(&digest)? != Some(size) {
+            // One in another process's store was put there under a pin, or is kept by the ingest that is to be it.
+            if store.is_here() && store.blob_size(&digest)? != Some(size) {
                 return Ok(Recorded::Gone);
             }
             let now = Some(SystemTime::now().into());
@@ -829,21 +1098,6 @@ pub(crate) fn leave_lease(
 /// Parses a digest of a request; InvalidArgument says what is wrong with it.
 pub fn parse_digest(text: &str) -> Result<Digest> {
     text.parse().map_err(|error: oci::digest::DigestError| Error::invalid_argument(error.to_string()))
-}
-
-fn read_piece(mut file: File, length: u64) -> Result<(File, Bytes)> {
-    let mut piece = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
-    (&mut file)
-        .take(length)
-        .read_to_end(&mut piece)
-        .map_err(|error| Error::unknown(format!("read a blob: {error}")))?;
-    if piece.len() as u64 == length {
-        Ok((file, piece.into()))
-    } else {
-        Err(Error::data_loss(
-            "a blob's file is shorter than its record says; delete the blob and fetch it again",
-        ))
-    }
 }
 
 fn status_of(store: &Store, reference: &str, record: &IngestRecord) -> Result<Option<Status>> {

@@ -3,6 +3,8 @@
 //! A variant says what the caller can do about it; the text says what was tried, on what, why it failed and, where
 //! there is one, the remedy. The only conversion to a gRPC status is here.
 
+use shim_api::trace;
+
 /// Result of the engine's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -171,11 +173,11 @@ pub async fn outlive<T: Send + 'static>(
     operation: impl std::future::Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
     use tracing::Instrument as _;
-    tokio::spawn(operation.in_current_span()).await?
+    tokio::spawn(trace::carry(trace::current(), operation.in_current_span())).await?
 }
 
 /// Runs blocking work (file system, hashing) off the reactor.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let span = tracing::Span::current();
-    tokio::task::spawn_blocking(move || span.in_scope(work)).await?
+    let (span, trace) = (tracing::Span::current(), trace::current());
+    tokio::task::spawn_blocking(move || span.in_scope(|| trace::carry_blocking(trace, work))).await?
 }

@@ -1,43 +1,96 @@
-//! Events: what happened, to whoever listens.
+//! Events: what happened, to whoever listens, and to the journal for those who come later.
 //!
 //! ```text
 //! publish (engine) ----\                         /--> subscription 1: filters, queue --> client
 //! forward (shims) ------+--> one ordered fan-out +--> subscription 2 ...
+//!                                                 \--> journal: numbers, disk --> replay 1: filters --> client
 //! ```
 //!
-//! Invariants: every subscriber sees the events that pass its filters in one and the same order. A slow subscriber
-//! never holds up a publisher: its queue has a bound, and at the bound the subscription ends with an error that says so.
-//! All namespaces are delivered, whatever namespace the subscriber is in; it filters by `namespace` if it wants one.
+//! Invariants: every subscriber sees the events that pass its filters in one and the same order, which is the journal's. A
+//! slow subscriber never holds up a publisher: its queue has a bound, and at the bound the subscription ends with an error
+//! that says so; a replay has no queue. All namespaces are delivered, whatever namespace the subscriber is in; it filters by
+//! `namespace` if it wants one. What a shim or a client hands over is answered once it is in the journal, on disk, and what
+//! a shim sends again for want of an answer is in the journal once. What the engine publishes follows a record that is on
+//! disk, and waits for nothing.
 
 use std::borrow::Cow;
+use std::collections::{HashMap, VecDeque};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use prost::Name;
+use prost::{Message as _, Name};
 use proto::containerd::types::Envelope;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
+use self::journal::{Journal, Reader};
 use crate::context::Namespace;
 use crate::error::{Error, Result};
 use crate::filters::Filter;
+use crate::metadata::{self, Metadata};
 
 mod fields;
+mod journal;
+mod mentioned;
+mod segment;
 
+pub use self::journal::{Entry, Range};
+pub use self::mentioned::mentioned;
+
+/// The folder of the journal beneath the root.
+pub const FOLDER: &str = "events";
 /// The most events that wait for one subscriber.
 const QUEUE_MAX: usize = 16 * 1024;
+/// The most bytes of events that are held for those who come soon after the start.
+const HELD_BYTES: usize = 4 << 20;
+/// How many of the last events are known again when a shim sends them again. A shim has one on the way at a time.
+const RECENT: usize = 16 * 1024;
 
 /// The fan-out; cheap to clone.
 #[derive(Clone, Default)]
 pub struct Exchange {
     state: Arc<Mutex<State>>,
+    /// None where nothing is kept.
+    journal: Option<Arc<Journal>>,
 }
 
 #[derive(Default)]
 struct State {
     subscribers: Vec<Subscriber>,
     /// What nobody could hear, kept for those who come soon; None when it is not kept.
-    held: Option<Vec<Arc<Envelope>>>,
+    held: Option<Held>,
+    recent: Recent,
+}
+
+#[derive(Default)]
+struct Held {
+    envelopes: Vec<Arc<Envelope>>,
+    bytes: usize,
+}
+
+/// Fingerprints of the last events, each with whether this engine has told its subscribers.
+#[derive(Default)]
+struct Recent {
+    told: HashMap<u64, bool>,
+    order: VecDeque<u64>,
+}
+
+/// Whose an event is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sender {
+    Engine,
+    Client,
+    /// It sends an event again until it is answered.
+    Shim,
+}
+
+/// One reader of the journal, from a number on and then along with what comes; dropping it ends it.
+pub struct Replay {
+    reader: Reader,
+    filter: Arc<Filter>,
+    ready: VecDeque<Entry>,
 }
 
 struct Subscriber {
@@ -55,36 +108,85 @@ pub struct Subscription {
 }
 
 impl Exchange {
+    /// One that keeps its events in the folder beneath the root, as many as fit into `retention` bytes. Blocks.
+    pub fn open(root: &Path, retention: u64, metadata: &Metadata) -> Result<Self> {
+        let mut recent = Recent::default();
+        let reserved = metadata::events::reserved(metadata)?;
+        let metadata = metadata.clone();
+        let reserve = Box::new(move |number| metadata::events::reserve(&metadata, number));
+        let journal = Journal::open(&root.join(FOLDER), retention, reserved, reserve, |payload| {
+            recent.add(fingerprint(payload), false);
+        })?;
+        let state = State { recent, ..State::default() };
+        Ok(Exchange { state: Arc::new(Mutex::new(state)), journal: Some(Arc::new(journal)) })
+    }
+
     /// Publishes what the engine did. `topic` is one of containerd's, such as `/containers/create`.
     pub fn publish<M: prost::Message + Name>(&self, namespace: &Namespace, topic: &str, event: &M) {
-        self.deliver(Envelope {
+        let envelope = Envelope {
             timestamp: Some(std::time::SystemTime::now().into()),
             namespace: namespace.to_string(),
             topic: topic.to_owned(),
             event: Some(proto::any::pack(event)),
-        });
+        };
+        // Only what others hand over is ever refused.
+        let _ = self.deliver(envelope, Sender::Engine, None);
     }
 
-    /// Passes on an event of a shim or a client; InvalidArgument when its envelope is not complete.
-    pub fn forward(&self, envelope: Envelope) -> Result<()> {
-        Namespace::new(&envelope.namespace).map_err(|error| error.context("event envelope"))?;
-        validate_topic(&envelope.topic)?;
-        if envelope.timestamp.is_none() {
-            return Err(Error::invalid_argument("an event's envelope must have a time"));
-        }
-        self.deliver(envelope);
-        Ok(())
+    /// Passes on an event of a client; InvalidArgument when its envelope is not complete. Answers when it is in the journal.
+    pub async fn forward(&self, envelope: Envelope) -> Result<()> {
+        self.take(envelope, Sender::Client).await
+    }
+
+    /// The same for a shim's, of which one that was taken before is known again and not kept twice.
+    pub async fn forward_once(&self, envelope: Envelope) -> Result<()> {
+        self.take(envelope, Sender::Shim).await
     }
 
     /// Publishes a client's own event in its namespace.
-    pub fn publish_any(
+    pub async fn publish_any(
         &self,
         namespace: &Namespace,
         topic: String,
         event: Option<prost_types::Any>,
     ) -> Result<()> {
         let timestamp = Some(std::time::SystemTime::now().into());
-        self.forward(Envelope { timestamp, namespace: namespace.to_string(), topic, event })
+        self.forward(Envelope { timestamp, namespace: namespace.to_string(), topic, event }).await
+    }
+
+    async fn take(&self, envelope: Envelope, sender: Sender) -> Result<()> {
+        Namespace::new(&envelope.namespace).map_err(|error| error.context("event envelope"))?;
+        validate_topic(&envelope.topic)?;
+        if envelope.timestamp.is_none() {
+            return Err(Error::invalid_argument("an event's envelope must have a time"));
+        }
+        let (done, answer) = oneshot::channel();
+        self.deliver(envelope, sender, Some(done))?;
+        answered(answer).await
+    }
+
+    /// Answers when all that was published before is in the journal, on disk.
+    pub async fn settled(&self) -> Result<()> {
+        let Some(journal) = &self.journal else { return Ok(()) };
+        let (done, answer) = oneshot::channel();
+        journal.mark(Some(done));
+        answered(answer).await
+    }
+
+    /// The journal's events from this number on that pass any of the filters, and then those that come. 0 begins with the
+    /// oldest, None with what comes. OutOfRange for a number that is still to come.
+    pub fn replay(&self, from: Option<u64>, filters: &[String]) -> Result<Replay> {
+        let filter = Arc::new(Filter::parse_all(filters)?);
+        Ok(Replay { reader: self.journal()?.reader(from)?, filter, ready: VecDeque::new() })
+    }
+
+    /// What is in the journal.
+    pub fn range(&self) -> Result<Range> {
+        Ok(self.journal()?.range())
+    }
+
+    fn journal(&self) -> Result<&Journal> {
+        self.journal.as_deref().ok_or_else(|| Error::unimplemented("this engine keeps no events"))
     }
 
     /// Events from now on that pass any of the filters (`topic`, `namespace`, `event.FIELD`).
@@ -103,36 +205,112 @@ impl Exchange {
         let overrun = Arc::new(AtomicBool::new(false));
         let subscriber = Subscriber { filter, queue: sender, overrun: overrun.clone(), client };
         let mut state = self.state.lock();
-        if state.held.iter().flatten().all(|envelope| subscriber.offer(envelope)) {
+        if state.held.iter().flat_map(|held| &held.envelopes).all(|envelope| subscriber.offer(envelope)) {
             state.subscribers.push(subscriber);
         }
         Ok(Subscription { queue, overrun })
     }
 
-    fn deliver(&self, envelope: Envelope) {
+    fn deliver(&self, envelope: Envelope, sender: Sender, done: Option<oneshot::Sender<()>>) -> Result<()> {
         tracing::debug!(topic = %envelope.topic, namespace = %envelope.namespace, "event");
-        let envelope = Arc::new(envelope);
+        let Some(journal) = &self.journal else {
+            self.state.lock().fan_out(envelope);
+            if let Some(done) = done {
+                let _ = done.send(());
+            }
+            return Ok(());
+        };
+        let payload = envelope.encode_to_vec();
+        let print = (sender == Sender::Shim).then(|| fingerprint(&payload));
         // Under the lock, so that all see one order; nothing in here waits.
         let mut state = self.state.lock();
-        state.subscribers.retain(|subscriber| subscriber.offer(&envelope));
-        if !state.subscribers.iter().any(|subscriber| subscriber.client)
-            && let Some(held) = &mut state.held
-            && held.len() < QUEUE_MAX
+        if let Some(print) = print
+            && let Some(told) = state.recent.told.get_mut(&print)
         {
-            held.push(envelope);
+            // An earlier engine took it, and ended before its answer: perhaps before anyone heard of it, too.
+            if !std::mem::replace(told, true) {
+                state.fan_out(envelope);
+            }
+            journal.mark(done);
+            return Ok(());
         }
+        if sender != Sender::Engine {
+            journal.room_for(payload.len())?;
+        }
+        if let Some(print) = print {
+            state.recent.add(print, true);
+        }
+        state.fan_out(envelope);
+        journal.append(payload, done);
+        Ok(())
     }
 
     /// Keeps, from now until [`Exchange::release`], what is published while there is no subscriber; those who come get it
     /// first. For the start: shims tell what happened while there was no engine before anyone can have subscribed.
     pub fn hold(&self) {
-        self.state.lock().held = Some(Vec::new());
+        self.state.lock().held = Some(Held::default());
     }
 
     /// Ends what [`Exchange::hold`] began.
     pub fn release(&self) {
         self.state.lock().held = None;
     }
+}
+
+impl State {
+    fn fan_out(&mut self, envelope: Envelope) {
+        let envelope = Arc::new(envelope);
+        self.subscribers.retain(|subscriber| subscriber.offer(&envelope));
+        if !self.subscribers.iter().any(|subscriber| subscriber.client)
+            && let Some(held) = &mut self.held
+            && held.envelopes.len() < QUEUE_MAX
+            && held.bytes < HELD_BYTES
+        {
+            held.bytes += envelope.encoded_len();
+            held.envelopes.push(envelope);
+        }
+    }
+}
+
+impl Recent {
+    fn add(&mut self, print: u64, told: bool) {
+        if self.told.insert(print, told).is_none() {
+            self.order.push_back(print);
+        }
+        if self.order.len() > RECENT
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.told.remove(&oldest);
+        }
+    }
+}
+
+impl Replay {
+    /// What comes next in the journal; waits at its end.
+    pub async fn next(&mut self) -> Result<Entry> {
+        loop {
+            if let Some(entry) = self.ready.pop_front() {
+                return Ok(entry);
+            }
+            let filter = self.filter.clone();
+            let wanted = move |envelope: &Envelope| filter.matches(|path| field(envelope, path));
+            self.ready = self.reader.next(wanted).await?.into();
+        }
+    }
+}
+
+/// The writer's answer; without one, whoever sent the event may send it again.
+async fn answered(answer: oneshot::Receiver<()>) -> Result<()> {
+    answer.await.map_err(|_| {
+        Error::unavailable("the journal took no event: the engine is stopping, or its log names a defect")
+    })
+}
+
+/// What an event is known again by. It is made anew at each start.
+fn fingerprint(payload: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    payload.hash(&mut hasher);
+    hasher.finish()
 }
 
 impl Subscriber {
@@ -196,6 +374,24 @@ fn field<'a>(envelope: &'a Envelope, path: &[&str]) -> Option<Cow<'a, str>> {
     }
 }
 
+/// A segment of the journal as it may be after a power cut: what is shown is its whole beginning, and is written as it stands there.
+#[cfg(any(test, fuzzing))]
+pub fn fuzz(data: &[u8]) {
+    let mut shown = Vec::new();
+    let (next, length) = segment::scan(data, 7, |payload| shown.push(payload.to_vec()));
+    assert!(length <= data.len());
+    assert_eq!(next, 7 + shown.len() as u64);
+    let mut written = Vec::new();
+    for (number, payload) in (7..).zip(&shown) {
+        segment::put_frame(&mut written, number, payload);
+    }
+    assert!(data[..length].ends_with(&written));
+    // Made by us, it is read to its end.
+    let mut whole = segment::MAGIC.to_vec();
+    segment::put_frame(&mut whole, 7, &data[..data.len().min(1 << 10)]);
+    assert_eq!(segment::scan(&whole, 7, |_| ()), (8, whole.len()));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -257,7 +453,7 @@ mod tests {
             topic: "/x/y".into(),
             event: None,
         };
-        exchange.forward(good.clone()).unwrap();
+        exchange.forward(good.clone()).await.unwrap();
         for bad in [
             Envelope { timestamp: None, ..good.clone() },
             Envelope { namespace: String::new(), ..good.clone() },
@@ -266,7 +462,7 @@ mod tests {
             Envelope { topic: "x".into(), ..good.clone() },
             Envelope { topic: "/x//y".into(), ..good },
         ] {
-            assert!(matches!(exchange.forward(bad), Err(Error::InvalidArgument(_))));
+            assert!(matches!(exchange.forward(bad).await, Err(Error::InvalidArgument(_))));
         }
     }
 
@@ -300,6 +496,55 @@ mod tests {
             proto::any::unpack::<TaskStart>(event.event.as_ref().unwrap()).unwrap().container_id,
             "c3"
         );
+    }
+
+    #[tokio::test]
+    async fn what_a_shim_sends_again_is_kept_once_and_heard_once_of_each_engine() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || {
+            let root = folder.path().to_owned();
+            let opened = tokio::task::spawn_blocking(move || {
+                let metadata = Metadata::open(&root.join("metadata")).unwrap();
+                Exchange::open(&root, 1 << 20, &metadata).unwrap()
+            });
+            async { opened.await.unwrap() }
+        };
+        let envelope = |seconds| Envelope {
+            timestamp: Some(prost_types::Timestamp { seconds, nanos: 5 }),
+            namespace: "a".into(),
+            topic: "/tasks/exit".into(),
+            event: Some(proto::any::pack(&TaskExit::default())),
+        };
+        for round in 0..2 {
+            let exchange = open().await;
+            let mut live = exchange.subscribe(&[]).unwrap();
+            // The second engine gets it for the third and fourth time.
+            exchange.forward_once(envelope(1)).await.unwrap();
+            exchange.forward_once(envelope(1)).await.unwrap();
+            exchange.forward_once(envelope(2 + round)).await.unwrap();
+            for seconds in [1, 2 + round] {
+                let event = live.next().await.unwrap().unwrap();
+                assert_eq!(event.timestamp.unwrap().seconds, seconds);
+            }
+        }
+        let exchange = open().await;
+        // A client that says the same twice means it.
+        exchange.forward(envelope(1)).await.unwrap();
+        exchange.publish(&Namespace::new("b").unwrap(), "/tasks/start", &start("c"));
+        exchange.settled().await.unwrap();
+        let Range { first, next, .. } = exchange.range().unwrap();
+        assert_eq!((first, next), (1, 6));
+        let mut replay = exchange.replay(Some(1), &["namespace==a".into()]).unwrap();
+        for expected in [(1, 1), (2, 2), (3, 3), (4, 1)] {
+            let Entry::Event(number, event) = replay.next().await.unwrap() else { panic!("a gap") };
+            assert_eq!((number, event.timestamp.unwrap().seconds), expected);
+        }
+        let mut all = exchange.replay(Some(5), &[]).unwrap();
+        assert!(matches!(all.next().await.unwrap(), Entry::Event(5, event) if event.topic == "/tasks/start"));
+        let from_now = exchange.replay(None, &[]).unwrap();
+        drop((replay, all, from_now));
+        assert!(matches!(exchange.replay(Some(7), &[]), Err(Error::OutOfRange(_))));
+        assert!(matches!(Exchange::default().replay(None, &[]), Err(Error::Unimplemented(_))));
     }
 
     #[test]

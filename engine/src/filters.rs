@@ -20,6 +20,9 @@ use crate::error::{Error, Result};
 const FILTER_MAX: usize = 16 * 1024;
 /// The largest compiled regular expression, in bytes.
 const REGEX_MAX: usize = 1 << 20;
+/// What all those of a list may take together, in bytes; each may have its share. A short one has a few thousand, and some of ten
+/// letters a million.
+const REGEXES_MAX: usize = 16 << 20;
 
 /// A parsed list of filters; an empty list accepts everything.
 #[derive(Debug, Clone, Default)]
@@ -44,7 +47,9 @@ enum Test {
 impl Filter {
     /// Parses filters of which one must hold; InvalidArgument names the place of a mistake.
     pub fn parse_all<S: AsRef<str>>(filters: &[S]) -> Result<Self> {
-        let any = filters.iter().map(|text| Parser::parse(text.as_ref())).collect::<Result<_>>()?;
+        let expressions: usize = filters.iter().map(|text| text.as_ref().matches("~=").count()).sum();
+        let share = (REGEXES_MAX / expressions.max(1)).min(REGEX_MAX);
+        let any = filters.iter().map(|text| Parser::parse(text.as_ref(), share)).collect::<Result<_>>()?;
         Ok(Filter { any })
     }
 
@@ -78,10 +83,12 @@ pub fn label<'a>(
 struct Parser<'a> {
     text: &'a str,
     at: usize,
+    /// The largest compiled regular expression.
+    share: usize,
 }
 
 impl<'a> Parser<'a> {
-    fn parse(text: &'a str) -> Result<Vec<Selector>> {
+    fn parse(text: &'a str, share: usize) -> Result<Vec<Selector>> {
         if text.len() > FILTER_MAX {
             return Err(Error::invalid_argument(format!(
                 "filter of {} bytes is too long; at most {FILTER_MAX} are allowed",
@@ -92,7 +99,7 @@ impl<'a> Parser<'a> {
             // Of no selectors all hold: it lets everything pass, as containerd's.
             return Ok(Vec::new());
         }
-        let mut parser = Parser { text, at: 0 };
+        let mut parser = Parser { text, at: 0, share };
         let mut all = vec![parser.selector()?];
         loop {
             parser.skip_space();
@@ -146,7 +153,8 @@ impl<'a> Parser<'a> {
             "!=" => Test::NotEqual(value),
             _ => Test::Matches(
                 regex::RegexBuilder::new(&value)
-                    .size_limit(REGEX_MAX)
+                    .size_limit(self.share)
+                    .dfa_size_limit(self.share)
                     .build()
                     .map_err(|error| self.error(format_args!("bad regular expression: {error}")))?,
             ),
@@ -319,6 +327,19 @@ mod tests {
             assert!(matches!(Filter::parse_all(&[bad]), Err(Error::InvalidArgument(_))), "{bad:?}");
         }
         assert!(Filter::parse_all(&["a".repeat(FILTER_MAX + 1)]).is_err());
+    }
+
+    #[test]
+    fn many_expressions_are_refused() {
+        let large = r"name~=\w{10}";
+        assert!(Filter::parse_all(&[large]).is_ok());
+        let error = Filter::parse_all(&[large; 1000]).unwrap_err();
+        assert!(error.to_string().contains("regular expression"), "{error}");
+        let one = vec![large; 1000].join(",");
+        assert!(Filter::parse_all(&[one]).is_err());
+        // As a client has it that asks for many by the beginnings of their names.
+        let many: Vec<String> = (0..1000).map(|at| format!("id~=^{at:012}.*$")).collect();
+        assert!(Filter::parse_all(&many).unwrap().matches(|_| Some("000000000999abc".into())));
     }
 
     proptest! {

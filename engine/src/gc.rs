@@ -35,10 +35,11 @@ use std::time::{Duration, SystemTime};
 use oci::Digest;
 use proto::containerd::events::{ContentDelete, SnapshotRemove};
 use proto::containerd::services::images::v1::ImageDelete;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-pub(crate) use mark::{Step, parse_duration};
+pub(crate) use mark::{Graph, Node, Step, parse_duration};
+pub(crate) use records::graph;
 use records::{Marked, Removed};
 
 use crate::content::Content;
@@ -47,6 +48,7 @@ use crate::error::{Error, Result, blocking};
 use crate::events::Exchange;
 use crate::metadata::namespaces::NamespaceRecord;
 use crate::metadata::{Metadata, Mutations, Read, View};
+use crate::mounts::Mounts;
 use crate::snapshots::Snapshots;
 
 /// The longest time after a change until a collection.
@@ -101,6 +103,8 @@ pub struct Collected {
     pub leases: u64,
     /// Ingests.
     pub ingests: u64,
+    /// Mounts that the engine kept for clients.
+    pub mounts: u64,
     /// How long it took, files included.
     pub took: Duration,
 }
@@ -120,12 +124,13 @@ type Answer = oneshot::Sender<Result<Collected>>;
 #[derive(Clone)]
 pub struct Gc {
     requests: mpsc::UnboundedSender<Answer>,
+    settings: watch::Sender<Settings>,
     metadata: Metadata,
 }
 
 /// Runs the collections, until nobody is left to ask for one.
 pub struct Scheduler {
-    settings: Settings,
+    settings: watch::Receiver<Settings>,
     requests: mpsc::UnboundedReceiver<Answer>,
     collector: Collector,
 }
@@ -137,6 +142,7 @@ struct Collector {
     events: Exchange,
     content: Content,
     snapshots: Snapshots,
+    mounts: Mounts,
 }
 
 /// A collection that has ended.
@@ -158,10 +164,17 @@ impl Gc {
         events: Exchange,
         content: Content,
         snapshots: Snapshots,
+        mounts: Mounts,
     ) -> (Gc, Scheduler) {
         let (sender, requests) = mpsc::unbounded_channel();
-        let collector = Collector { metadata: metadata.clone(), events, content, snapshots };
-        (Gc { requests: sender, metadata }, Scheduler { settings, requests, collector })
+        let collector = Collector { metadata: metadata.clone(), events, content, snapshots, mounts };
+        let (set, settings) = watch::channel(settings);
+        (Gc { requests: sender, settings: set, metadata }, Scheduler { settings, requests, collector })
+    }
+
+    /// Has collections run by these settings from now on.
+    pub fn set(&self, settings: Settings) {
+        self.settings.send_replace(settings);
     }
 
     /// A collection of all namespaces that begins after this call, once it has ended, files included.
@@ -201,7 +214,8 @@ impl Scheduler {
     pub async fn run(mut self) {
         let mut mutations = self.collector.metadata.mutations();
         let mut seen = *mutations.borrow();
-        let mut schedule = Schedule::new(self.settings, Instant::now());
+        let first_settings = self.settings.borrow_and_update().clone();
+        let mut schedule = Schedule::new(first_settings, Instant::now());
         let mut waiting: Vec<Answer> = Vec::new();
         let mut first = true;
         loop {
@@ -215,6 +229,13 @@ impl Scheduler {
                         continue;
                     }
                     None => return,
+                },
+                changed = self.settings.changed() => match changed {
+                    Ok(()) => {
+                        schedule.set(self.settings.borrow_and_update().clone());
+                        continue;
+                    }
+                    Err(_) => return,
                 },
                 changed = mutations.changed() => match changed {
                     Ok(()) => continue,
@@ -267,12 +288,15 @@ struct Schedule {
 }
 
 impl Schedule {
-    fn new(mut settings: Settings, now: Instant) -> Self {
-        for delay in [&mut settings.schedule_delay, &mut settings.startup_delay] {
-            *delay = (*delay).min(DELAY_MAX);
-        }
+    fn new(settings: Settings, now: Instant) -> Self {
+        let settings = limited(settings);
         let next = (!settings.startup_delay.is_zero()).then(|| now + settings.startup_delay);
         Schedule { settings, next, last: None, interval: FIRST_INTERVAL, spent: (Duration::ZERO, 0) }
+    }
+
+    /// Goes on by other settings; what is due already stays due.
+    fn set(&mut self, settings: Settings) {
+        self.settings = limited(settings);
     }
 
     fn by(&mut self, time: Instant) {
@@ -325,6 +349,13 @@ impl Schedule {
     }
 }
 
+fn limited(mut settings: Settings) -> Settings {
+    for delay in [&mut settings.schedule_delay, &mut settings.startup_delay] {
+        *delay = (*delay).min(DELAY_MAX);
+    }
+    settings
+}
+
 impl Collector {
     async fn collect(self, first: bool) -> Result<Outcome> {
         let began = Instant::now();
@@ -334,7 +365,9 @@ impl Collector {
         let now = SystemTime::now();
         let of = view.clone();
         let (marked, turn) = blocking(move || Ok(mark_all(&of, now))).await?;
+        sys::failpoint!("gc.marked");
         let removed = if marked.is_empty() { Vec::new() } else { self.remove(view, marked, now).await? };
+        sys::failpoint!("gc.records-removed");
         let records = began.elapsed();
         let mut collected = count(&removed);
         // Its own commit is no reason for another collection.
@@ -394,20 +427,28 @@ impl Collector {
             digests.extend(self.content.unknown_blobs().await);
         }
         let (mut ingests, mut snapshots) = (Vec::new(), Vec::new());
+        let mounts = removed.iter().any(|removed| !removed.mounts.is_empty());
         for removed in removed {
             ingests.extend(removed.ingests.into_iter().map(|ingest| ingest.key));
             snapshots
                 .extend(removed.snapshots.into_iter().map(|(snapshotter, _, inner)| (snapshotter, inner)));
         }
+        // Before the snapshots that may be beneath them.
+        if mounts && let Err(error) = self.mounts.sweep().await {
+            tracing::warn!(%error, "collected mounts stay until the next start");
+        }
         if !ingests.is_empty() {
             self.content.remove_ingests(ingests).await;
         }
+        sys::failpoint!("gc.ingests-removed");
         if !digests.is_empty() {
             self.content.remove_unused(digests.into_iter().collect()).await;
         }
+        sys::failpoint!("gc.blobs-removed");
         if !snapshots.is_empty() {
             self.snapshots.remove_collected(snapshots).await;
         }
+        sys::failpoint!("gc.snapshots-removed");
     }
 }
 
@@ -437,6 +478,7 @@ fn count(removed: &[Removed]) -> Collected {
         all.images += removed.images.len() as u64;
         all.leases += removed.leases.len() as u64;
         all.ingests += removed.ingests.len() as u64;
+        all.mounts += removed.mounts.len() as u64;
     }
     all
 }

@@ -10,6 +10,7 @@ use crate::filters::{self, Filter};
 use crate::labels::{self, Labels};
 use crate::metadata::leases::LeaseResource;
 use crate::metadata::{Metadata, Read, Transaction};
+use crate::random::random;
 
 /// The type of resource that a blob is; its id is the digest.
 pub const CONTENT: &str = "content";
@@ -17,6 +18,8 @@ pub const CONTENT: &str = "content";
 pub const INGESTS: &str = "ingests";
 /// The type of resource that an image is; its id is the name.
 pub const IMAGES: &str = "images";
+/// The type of resource that a mount of the engine's is; its id is the name.
+pub const MOUNTS: &str = "mounts";
 /// The type of resource that a snapshot is, followed by the snapshotter's name; its id is the key.
 pub const SNAPSHOTS: &str = "snapshots/";
 
@@ -159,10 +162,10 @@ pub fn join(txn: &mut Transaction, context: &RequestContext, kind: &str, id: &st
 
 fn validate_type(kind: &str) -> Result<()> {
     match kind {
-        CONTENT | INGESTS | IMAGES => Ok(()),
+        CONTENT | INGESTS | IMAGES | MOUNTS => Ok(()),
         _ if kind.strip_prefix(SNAPSHOTS).is_some_and(|name| !name.is_empty()) => Ok(()),
         _ => Err(Error::invalid_argument(format!(
-            "lease resource type {kind:?} is not known: use content, ingests, images or snapshots/NAME"
+            "lease resource type {kind:?} is not known: use content, ingests, images, mounts or snapshots/NAME"
         ))),
     }
 }
@@ -173,12 +176,7 @@ fn missing(id: &str) -> Error {
 
 /// An id that is unique and sorts by time, in the shape containerd's clients make: seconds and randomness.
 fn random_id() -> Result<String> {
-    use std::io::Read as _;
-    let mut random = [0_u8; 6];
-    let path = "/dev/urandom";
-    std::fs::File::open(path)
-        .and_then(|mut file| file.read_exact(&mut random))
-        .map_err(|error| Error::io("read", path, &error))?;
+    let random = random::<6>()?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     Ok(format!("{}-{}", now.as_nanos(), hex::encode(random)))
 }

@@ -3,11 +3,13 @@
 use std::io::{BufReader, BufWriter};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use engine::config::{self, Config, Flags};
-use engine::daemon::Daemon;
+use engine::daemon::{Control, Daemon};
+use engine::http::SetLevel;
 use engine::{metadata, publish};
 
 /// How long file operations under way may take when everything else has ended.
@@ -55,6 +57,24 @@ enum Command {
     /// Move the metadata to or from a plain file; gantryd must be stopped
     #[command(subcommand)]
     Metadata(MetadataCommand),
+    /// Look for what is lost or has no owner; gantryd must be stopped, containers may run
+    ///
+    /// Exits with 0 when nothing is lost or leaked, 1 when something is, and 2 when it cannot be checked. docs/reliability.md
+    /// says what is looked at.
+    Check(Check),
+}
+
+#[derive(Args)]
+struct Check {
+    /// Read every blob, and every file of unpacked layers
+    #[arg(long)]
+    deep: bool,
+    /// Mend what can be mended, and say what was done
+    #[arg(long)]
+    repair: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Subcommand)]
@@ -83,19 +103,21 @@ enum MetadataCommand {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    let failure =
+        if matches!(cli.command, Some(Command::Check(_))) { ExitCode::from(2) } else { ExitCode::FAILURE };
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("gantryd: {error:#}");
-            ExitCode::FAILURE
+            failure
         }
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     if cli.version {
         println!("gantryd github.com/gantry-project/gantry {} {}", engine::VERSION, engine::REVISION);
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     let GlobalFlags { config, address, root, state, log_level } = cli.flags;
     let flags = Flags { config, address, root, state, log_level };
@@ -113,22 +135,36 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             runtime()?.block_on(command.run(&address))
         }
         Some(Command::Metadata(command)) => move_metadata(&Config::resolve(&flags)?, &command),
-    }
+        Some(Command::Check(command)) => return check(&Config::resolve(&flags)?, &command),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check(config: &Config, &Check { deep, repair, json }: &Check) -> anyhow::Result<ExitCode> {
+    let report = engine::check::run(config, engine::check::Wanted { deep, repair })?;
+    let text = if json { report.json()? } else { report.to_string() };
+    print_text(&format!("{text}\n"))?;
+    Ok(if report.is_sound() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
 fn serve(flags: &Flags) -> anyhow::Result<()> {
+    shim_api::trace::this_is("engine");
+    // Before there are threads. Each of them would have an arena of its own, in which what a pull needed stays.
+    sys::process::keep_allocator_small(2, 128 * 1024);
     let config = &Config::resolve(flags)?;
     if !rustix::process::geteuid().is_root() {
         anyhow::bail!("gantryd must run as root: it makes mounts, namespaces and cgroups; try sudo gantryd");
     }
     let set_level = log_to_stderr(config);
+    let set_level: SetLevel = Arc::new(set_level);
     let reload = || {
         let config = Config::resolve(flags)?;
-        set_level(&config)?;
+        set_level(config.log_level)?;
         Ok(config)
     };
+    let control = Control { reload: &reload, set_level: set_level.clone(), config: config::dump(flags)? };
     let runtime = runtime()?;
-    let outcome = runtime.block_on(async { Daemon::build(config).await?.run(&reload).await });
+    let outcome = runtime.block_on(async { Daemon::build(config).await?.run(control).await });
     // A disk that hangs is not to keep the engine from ending; what is acknowledged is on disk already.
     runtime.shutdown_timeout(SHUTDOWN_LIMIT);
     outcome
@@ -143,19 +179,19 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 /// Begins to log; what changes the level later.
-fn log_to_stderr(config: &Config) -> impl Fn(&Config) -> anyhow::Result<()> + use<> {
+fn log_to_stderr(config: &Config) -> impl Fn(tracing::Level) -> anyhow::Result<()> + Send + Sync + use<> {
     use tracing_subscriber::filter::Targets;
     use tracing_subscriber::prelude::*;
     // At debug and trace, the libraries below say too much for anyone but their authors.
-    let targets = |config: &Config| {
+    let targets = |level: tracing::Level| {
         Targets::new()
-            .with_default(config.log_level.min(tracing::Level::INFO))
-            .with_target("engine", config.log_level)
-            .with_target("gantryd", config.log_level)
-            .with_target("shim_api", config.log_level)
-            .with_target("snapshotter", config.log_level)
+            .with_default(level.min(tracing::Level::INFO))
+            .with_target("engine", level)
+            .with_target("gantryd", level)
+            .with_target("shim_api", level)
+            .with_target("snapshotter", level)
     };
-    let (ours, handle) = tracing_subscriber::reload::Layer::new(targets(config));
+    let (ours, handle) = tracing_subscriber::reload::Layer::new(targets(config.log_level));
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     let registry = tracing_subscriber::registry().with(ours);
     if config.log_json {
@@ -163,7 +199,7 @@ fn log_to_stderr(config: &Config) -> impl Fn(&Config) -> anyhow::Result<()> + us
     } else {
         registry.with(layer).init();
     }
-    move |config| handle.reload(targets(config)).context("cannot change the log level")
+    move |level| handle.reload(targets(level)).context("cannot change the log level")
 }
 
 fn move_metadata(config: &Config, command: &MetadataCommand) -> anyhow::Result<()> {

@@ -22,10 +22,16 @@
 mod archive;
 pub mod containers;
 pub mod content;
+pub mod cri;
 mod db;
+pub mod events;
+mod flush;
 pub mod images;
 pub mod leases;
+pub mod mounts;
 pub mod namespaces;
+pub mod offline;
+mod reserve;
 pub mod sandboxes;
 pub mod sequences;
 pub mod snapshots;
@@ -126,6 +132,9 @@ pub struct Transaction {
     durable: Map,
     writes: Vec<Write>,
     released: bool,
+    /// Whether it has made a record, and whether it has deleted one.
+    added: bool,
+    deleted: bool,
 }
 
 /// How much has been committed since the database was opened.
@@ -155,7 +164,7 @@ impl Mutations {
 
 impl Transaction {
     fn new(map: Map, durable: Map) -> Self {
-        Transaction { map, durable, writes: Vec::new(), released: false }
+        Transaction { map, durable, writes: Vec::new(), released: false, added: false, deleted: false }
     }
 
     /// The state that is on disk: what the closures before this one wrote in the same group is not in it. For what
@@ -197,6 +206,7 @@ impl Transaction {
         let key: Arc<[u8]> = encode_key(R::TABLE, parts)?.into();
         let existed = self.map.remove(&key).is_some();
         if existed {
+            self.deleted = true;
             self.writes.push((key, None));
         }
         Ok(existed)
@@ -214,6 +224,7 @@ impl Transaction {
             .collect();
         for key in keys {
             self.map.remove(&key);
+            self.deleted = true;
             self.writes.push((key, None));
         }
         Ok(())
@@ -237,15 +248,21 @@ impl Transaction {
         }
         for key in keys {
             self.map.remove(&key);
+            self.deleted = true;
             self.writes.push((key, None));
         }
         Ok(())
     }
 
+    /// Whether all it does is to make records, so that it takes space and gives none back.
+    fn only_adds(&self) -> bool {
+        self.added && !self.deleted
+    }
+
     fn put_raw(&mut self, key: &[u8], value: &[u8]) {
         let key: Arc<[u8]> = key.into();
         let value: Arc<[u8]> = value.into();
-        self.map.insert(key.clone(), value.clone());
+        self.added |= self.map.insert(key.clone(), value.clone()).is_none();
         self.writes.push((key, Some(value)));
     }
 }

@@ -9,6 +9,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
+use tokio::sync::watch;
 
 /// The labels of a method's series. Only methods that exist are counted, so their number is bounded.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -32,6 +33,7 @@ pub struct Metrics {
     ended: Family<Ended, Counter>,
     seconds: Family<Method, Histogram>,
     in_flight: Gauge,
+    begun: watch::Sender<()>,
 }
 
 impl Default for Metrics {
@@ -50,14 +52,20 @@ impl Default for Metrics {
             seconds.clone(),
         );
         registry.register("grpc_calls_in_flight", "gRPC calls being worked on", in_flight.clone());
-        Metrics { registry: Arc::new(registry), ended, seconds, in_flight }
+        Metrics { registry: Arc::new(registry), ended, seconds, in_flight, begun: watch::Sender::new(()) }
     }
 }
 
 impl Metrics {
     /// Counts a call that begins; how many are in flight now, this one included.
     pub fn begin(&self) -> i64 {
+        self.begun.send_replace(());
         self.in_flight.inc() + 1
+    }
+
+    /// Changes whenever a call begins.
+    pub fn begun(&self) -> watch::Receiver<()> {
+        self.begun.subscribe()
     }
 
     /// Counts a call that has left, whatever became of it.

@@ -10,6 +10,7 @@ use crate::error::{Error, Result, outlive};
 use crate::events::Exchange;
 use crate::labels::{self, Labels};
 use crate::metadata::content::{BlobRecord, IngestRecord};
+use crate::metadata::mounts::MountRecord;
 use crate::metadata::namespaces::NamespaceRecord;
 use crate::metadata::snapshots::SnapshotRecord;
 use crate::metadata::{Metadata, Read, Transaction};
@@ -77,7 +78,8 @@ impl Namespaces {
         .await
     }
 
-    /// Changes labels: those the mask names (`labels.KEY`), or all of them.
+    /// Changes labels: those the mask names (`labels.KEY`), or all of them. A namespace that there is not yet is made, as
+    /// containerd does: `ctr namespaces label` relies on it.
     pub async fn update(&self, name: &str, new: Labels, mask: Vec<String>) -> Result<NamespaceInfo> {
         let namespace = Namespace::new(name)?;
         let this = self.clone();
@@ -86,8 +88,7 @@ impl Namespaces {
             let labels = this
                 .metadata
                 .commit(move |txn| {
-                    let mut record =
-                        txn.get::<NamespaceRecord>(&[key.as_str()])?.ok_or_else(|| missing(key.as_str()))?;
+                    let mut record = txn.get::<NamespaceRecord>(&[key.as_str()])?.unwrap_or_default();
                     if mask.is_empty() {
                         labels::update_map(&mut record.labels, &new, None);
                     }
@@ -156,6 +157,7 @@ fn contents(txn: &Transaction, name: &str) -> Vec<String> {
         ("blobs", txn.any::<BlobRecord>(&[name])),
         ("ingests", txn.any::<IngestRecord>(&[name])),
         ("containers", txn.any::<Container>(&[name])),
+        ("mounts", txn.any::<MountRecord>(&[name])),
         ("sandboxes", txn.any::<Sandbox>(&[name])),
     ] {
         if any {

@@ -57,6 +57,11 @@ pub struct Restart {
 
 type Key = (Namespace, String);
 
+/// Whether labels ask for something. The kubelet's containers are started by the kubelet alone, whatever is written on them.
+fn is_watched(labels: &Labels) -> bool {
+    labels.contains_key(STATUS) && !labels.contains_key(crate::cri::pods::KIND)
+}
+
 /// What there is to do for a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Change {
@@ -115,7 +120,7 @@ impl Restart {
         let view = self.metadata.view();
         let mut wanted = Vec::new();
         for (parts, container) in view.list::<Container>(&[]) {
-            if container.labels.contains_key(STATUS)
+            if is_watched(&container.labels)
                 && let Some(Ok(namespace)) = parts.first().map(|name| Namespace::new(name))
             {
                 wanted.push((namespace, container));
@@ -341,5 +346,12 @@ mod tests {
         assert_eq!(log_uri(&labels(&[("loguri", "binary:///x?a=b")])), "binary:///x?a=b");
         assert_eq!(log_uri(&labels(&[("logpath", "/var/log/x")])), "file:///var/log/x");
         assert_eq!(log_uri(&labels(&[])), "");
+    }
+    #[test]
+    fn the_kubelets_containers_are_left_alone() {
+        let mut asks = labels(&[("status", "running"), ("loguri", "binary:///bin/sh")]);
+        assert!(is_watched(&asks) && !is_watched(&labels(&[("policy", "always")])));
+        asks.insert(crate::cri::pods::KIND.to_owned(), "container".to_owned());
+        assert!(!is_watched(&asks));
     }
 }

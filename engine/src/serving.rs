@@ -1,15 +1,19 @@
 //! Listeners, and the layers around every gRPC call: span, metrics, and the limit of calls in flight.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use tokio::net::UnixListener;
+use futures::Stream;
+use shim_api::trace;
+use tokio::net::{UnixListener, UnixStream};
 use tower::{Layer, Service};
 use tracing::Instrument as _;
 
@@ -22,8 +26,55 @@ use crate::metrics::Metrics;
 const IN_FLIGHT_MAX: i64 = 8192;
 /// The longest path that a unix socket may have, in bytes.
 const SOCKET_PATH_MAX: usize = 107;
+/// After a client that could not be taken.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// Binds a unix socket with mode 0660 and its owner, whatever the umask. A socket that a dead engine left is replaced;
+/// The sockets that the service manager opened for this engine (systemd's socket activation), by their paths.
+#[derive(Default)]
+pub struct Activated(HashMap<PathBuf, UnixListener>);
+
+impl Activated {
+    /// Takes them over. To be called once, before anything else is opened.
+    pub fn take() -> anyhow::Result<Self> {
+        let mut sockets = HashMap::new();
+        let passed = sd_notify::listen_fds().context("cannot read the sockets that LISTEN_FDS passes")?;
+        for descriptor in passed {
+            let listener = sys::process::take_listener(descriptor).with_context(|| {
+                format!("descriptor {descriptor} of LISTEN_FDS is no listening unix socket")
+            })?;
+            listener.set_nonblocking(true)?;
+            let address = listener.local_addr()?;
+            let path = address.as_pathname().context("a socket of LISTEN_FDS has no path")?.to_owned();
+            sockets.insert(path, UnixListener::from_std(listener)?);
+        }
+        Ok(Activated(sockets))
+    }
+
+    /// The listener for a socket: the passed one, or a new one.
+    pub fn bind(&mut self, socket: &Socket) -> anyhow::Result<Listening> {
+        match self.0.remove(&socket.path) {
+            Some(listener) => Ok(Listening { listener, ours: None }),
+            None => Ok(Listening { listener: bind(socket)?, ours: Some(socket.path.clone()) }),
+        }
+    }
+
+    /// Says which of them nobody wanted.
+    pub fn report_rest(&self) {
+        for path in self.0.keys() {
+            tracing::warn!(path = %path.display(), "this socket was passed and is in no setting; nobody serves it");
+        }
+    }
+}
+
+/// A listener, with the file of its socket if that is to go with the engine.
+pub struct Listening {
+    /// The listener.
+    pub listener: UnixListener,
+    /// The file, unless the service manager keeps it.
+    pub ours: Option<PathBuf>,
+}
+
+/// Binds a unix socket with its mode and owner, whatever the umask. A socket that a dead engine left is replaced;
 /// one that answers is an error.
 pub fn bind(socket: &Socket) -> anyhow::Result<UnixListener> {
     let path = &socket.path;
@@ -41,7 +92,7 @@ pub fn bind(socket: &Socket) -> anyhow::Result<UnixListener> {
     let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {shown}"))?;
     std::os::unix::fs::chown(path, Some(socket.uid), Some(socket.gid))
         .with_context(|| format!("cannot give {shown} to {}:{}", socket.uid, socket.gid))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(socket.mode))
         .with_context(|| format!("cannot set the mode of {shown}"))?;
     Ok(listener)
 }
@@ -64,15 +115,34 @@ fn remove_stale(path: &Path) -> anyhow::Result<()> {
     std::fs::remove_file(path).with_context(|| format!("cannot remove the stale socket {shown}"))
 }
 
-/// The layer around every call.
+/// The clients of a listener. While one cannot be taken, since no descriptor is left, the listener stays ready: who asked it
+/// again at once would do nothing else.
+pub fn incoming(listener: UnixListener) -> impl Stream<Item = io::Result<UnixStream>> + Send + 'static {
+    futures::stream::unfold(listener, |listener| async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => return Some((Ok(stream), listener)),
+                Err(error) => {
+                    tracing::warn!(%error, "a client cannot be taken; trying again in {ACCEPT_AGAIN:?}");
+                    tokio::time::sleep(ACCEPT_AGAIN).await;
+                }
+            }
+        }
+    })
+}
+
+/// The folder beneath the state where clients begin traces.
+pub const TRACES_FOLDER: &str = "traces";
+
+/// The layer around every call: what it counts in, and where traces are.
 #[derive(Clone)]
-pub struct Observe(pub Metrics);
+pub struct Observe(pub Metrics, pub Arc<Path>);
 
 impl<S> Layer<S> for Observe {
     type Service = Observed<S>;
 
     fn layer(&self, service: S) -> Observed<S> {
-        Observed { service, metrics: self.0.clone() }
+        Observed { service, metrics: self.0.clone(), traces: self.1.clone() }
     }
 }
 
@@ -81,6 +151,7 @@ impl<S> Layer<S> for Observe {
 pub struct Observed<S> {
     service: S,
     metrics: Metrics,
+    traces: Arc<Path>,
 }
 
 /// Takes the call off the count when its answer is there, or when it is dropped because the client went away.
@@ -122,12 +193,15 @@ where
             request.headers().get(NAMESPACE_HEADER).and_then(|value| value.to_str().ok()).unwrap_or("");
         let span = tracing::info_span!("rpc", method = %path, namespace);
         let metrics = self.metrics.clone();
-        let call = self.service.call(request);
+        let parent = request.headers().get(trace::PARENT_HEADER).and_then(|value| value.to_str().ok());
+        let traced = parent.and_then(|parent| trace::Context::join(parent, &self.traces));
+        let traced = traced.map(|trace| trace.open(path.rsplit('.').next().unwrap_or(&path)));
+        let call = trace::carry(traced.as_ref().map(trace::Open::inside), self.service.call(request));
         let begun = Instant::now();
         Box::pin(
             async move {
                 let answer = call.await;
-                drop(guard);
+                drop((guard, traced));
                 if let Ok(response) = &answer {
                     // An error of a unary call is in the headers; a stream's comes later, in its trailers.
                     let code = response
@@ -154,6 +228,7 @@ mod tests {
             path: path.to_owned(),
             uid: rustix::process::getuid().as_raw(),
             gid: rustix::process::getgid().as_raw(),
+            mode: 0o660,
         }
     }
 

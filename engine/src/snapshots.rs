@@ -9,16 +9,22 @@
 //! takes one inner key away for another, is recorded before it begins, and is brought to its end at the next start; the
 //! record of it goes before only when the snapshotter is known to have done it, or not to have.
 
+mod proxy;
 mod reconcile;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use self::proxy::Remote;
+use crate::proxy::Proxy;
+use parking_lot::Mutex;
 use proto::containerd::events::{SnapshotCommit, SnapshotPrepare, SnapshotRemove};
-use snapshotter::{Error as InnerError, Kind, Mount, Snapshotter, Usage};
+use shim_api::trace;
+use snapshotter::{Commit, Error as InnerError, Kind, Mount, Snapshotter, Usage};
+use tokio::sync::Notify;
 
 use crate::context::{Namespace, RequestContext};
 use crate::error::{Error, Result, blocking, outlive};
@@ -44,6 +50,49 @@ pub struct Snapshots {
     events: Exchange,
     /// The number for the next inner key.
     number: Arc<AtomicU64>,
+    committing: Arc<Committing>,
+}
+
+/// The layers that are being committed, by namespace, snapshotter and name: one at a time is made, so that what is stacked
+/// on it in the same commit stands on the one that is recorded.
+#[derive(Default)]
+struct Committing {
+    layers: Mutex<HashSet<[String; 3]>>,
+    ended: Notify,
+}
+
+/// Layers in the hands of one commit.
+struct Claim {
+    committing: Arc<Committing>,
+    layers: Vec<[String; 3]>,
+}
+
+impl Committing {
+    /// Takes all of them, once nobody has any.
+    async fn claim(self: &Arc<Self>, layers: Vec<[String; 3]>) -> Claim {
+        loop {
+            let ended = self.ended.notified();
+            tokio::pin!(ended);
+            ended.as_mut().enable();
+            {
+                let mut claimed = self.layers.lock();
+                if !layers.iter().any(|layer| claimed.contains(layer)) {
+                    claimed.extend(layers.iter().cloned());
+                    return Claim { committing: self.clone(), layers };
+                }
+            }
+            ended.await;
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut claimed = self.committing.layers.lock();
+        claimed.retain(|layer| !self.layers.contains(layer));
+        drop(claimed);
+        self.committing.ended.notify_waiters();
+    }
 }
 
 struct Opened {
@@ -64,6 +113,19 @@ pub struct Info {
     pub record: SnapshotRecord,
 }
 
+/// A snapshotter in another process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plugin {
+    /// Its name here.
+    pub name: String,
+    /// Its name there.
+    pub there: String,
+    /// Its socket.
+    pub address: PathBuf,
+    /// Where it keeps its snapshots, as far as it says so.
+    pub root: Option<PathBuf>,
+}
+
 /// What a new snapshot is to be.
 #[derive(Debug, Clone)]
 pub struct New {
@@ -77,25 +139,47 @@ pub struct New {
     pub kind: Kind,
 }
 
+/// What an active snapshot is to become.
+#[derive(Debug, Clone, Default)]
+pub struct Layer {
+    /// The key of the active snapshot.
+    pub key: String,
+    /// The name of the layer.
+    pub layer: String,
+    /// The name of the layer it is put onto, where that is not what it was prepared over (snapshotters that rebase).
+    pub parent: Option<String>,
+    /// The labels of the layer.
+    pub labels: Labels,
+}
+
 impl Snapshots {
-    /// Opens every built-in snapshotter beneath `root`. One that this file system cannot carry, that is damaged, or that
+    /// Opens every built-in snapshotter beneath `root`, and those of other processes. One that this file system cannot carry, that is damaged, or that
     /// is not the one that the records speak of, is left out with its reason; the rest serve.
-    pub fn open(root: &Path, metadata: Metadata, events: Exchange) -> Result<Self> {
+    pub fn open(root: &Path, metadata: Metadata, events: Exchange, plugins: &[Plugin]) -> Result<Self> {
         let (mut opened, mut failed) = (BTreeMap::new(), BTreeMap::new());
-        let number = AtomicU64::new(1);
+        let number = Arc::new(AtomicU64::new(1));
+        for plugin in plugins {
+            let proxied = proxied(plugin, &metadata, &number);
+            opened.insert(plugin.name.clone(), proxied);
+        }
         for name in snapshotter::NAMES {
             let root = root.join(format!("io.containerd.snapshotter.v1.{name}"));
-            let tried =
-                snapshotter::open(name, &root).map_err(|error| error.to_string()).and_then(|opened| {
-                    let intact = reconcile::reconcile(&metadata, &number, name, &root, &*opened);
-                    intact.map(|intact| (opened, intact)).map_err(|error| error.to_string())
-                });
+            let inner = snapshotter::open(name, &root);
+            let expected = matches!(inner, Err(InnerError::Unsupported(_)));
+            let tried = inner.map_err(|error| error.to_string()).and_then(|opened| {
+                let intact = reconcile::reconcile(&metadata, &number, name, &root, &*opened);
+                intact.map(|intact| (opened, intact)).map_err(|error| error.to_string())
+            });
             match tried {
                 Ok((snapshotter, intact)) => {
                     opened.insert(name.to_owned(), Opened { root, snapshotter, intact });
                 }
                 Err(error) => {
-                    tracing::warn!(snapshotter = name, error, "left out");
+                    // Few hosts can carry all of them.
+                    match expected {
+                        true => tracing::info!(snapshotter = name, error, "left out"),
+                        false => tracing::warn!(snapshotter = name, error, "left out"),
+                    }
                     failed.insert(name.to_owned(), error);
                 }
             }
@@ -105,13 +189,15 @@ impl Snapshots {
             failed: Arc::new(failed),
             metadata,
             events,
-            number: Arc::new(number),
+            number,
+            committing: Arc::default(),
         })
     }
 
-    /// The snapshotters that are open, with their folders.
-    pub fn roots(&self) -> impl Iterator<Item = (&str, &Path)> {
-        self.snapshotters.iter().map(|(name, opened)| (name.as_str(), opened.root.as_path()))
+    /// The snapshotters that are open, with their folders and what they can.
+    pub fn opened(&self) -> impl Iterator<Item = (&str, &Path, &[&str])> {
+        let opened = self.snapshotters.iter();
+        opened.map(|(name, of)| (name.as_str(), of.root.as_path(), of.snapshotter.capabilities()))
     }
 
     /// The snapshotters that could not be opened, and why.
@@ -202,7 +288,14 @@ impl Snapshots {
                         _ => snapshotter.prepare(&inner, &inner_parent, &labels),
                     })
                 });
-                made.await?.map_err(|error| match error {
+                let made = trace::span("the snapshotter makes", made).await?;
+                if matches!(made, Err(InnerError::AlreadyExists(_)))
+                    && let Some(target) = new.labels.get(REF_LABEL)
+                    && this.adopt(&context, &name, target.clone(), &parent, &new.parent).await?
+                {
+                    return Err(exists(target));
+                }
+                made.map_err(|error| match error {
                     // The only one that it was to find.
                     InnerError::NotFound(_) => {
                         this.failure(&namespace, &name, &new.parent, &parent, &error).context("parent")
@@ -210,6 +303,7 @@ impl Snapshots {
                     error => convert(&new.key, &error),
                 })?
             };
+            sys::failpoint!("snapshots.create.made");
             let accepted = Arc::new(AtomicBool::new(false));
             let recorded = {
                 let (namespace, name, new, inner) =
@@ -248,6 +342,7 @@ impl Snapshots {
                 this.remove_collected(vec![(name, inner)]).await;
                 return Err(error);
             }
+            sys::failpoint!("snapshots.create.recorded");
             if new.kind == Kind::Active {
                 let event = SnapshotPrepare { key: new.key, parent: new.parent, snapshotter: name };
                 this.events.publish(&namespace, "/snapshot/prepare", &event);
@@ -255,6 +350,54 @@ impl Snapshots {
             Ok(mounts)
         })
         .await
+    }
+
+    /// A snapshotter may have made what a snapshot is prepared for by itself, as one that mounts layers from a registry does,
+    /// and says that it exists. Records such a layer under the name that the label gave it; whether there was one.
+    async fn adopt(
+        &self,
+        context: &RequestContext,
+        name: &str,
+        target: String,
+        parent: &SnapshotRecord,
+        parent_key: &str,
+    ) -> Result<bool> {
+        let (namespace, snapshotter) = (context.namespace()?.clone(), self.snapshotter(name)?);
+        let (of, inner_parent, wanted) = (name.to_owned(), parent.inner.clone(), target.clone());
+        let found = blocking(move || {
+            let mut found = None;
+            let walked = snapshotter.walk(&mut |info| {
+                let is_it = info.kind == Kind::Committed
+                    && info.parent == inner_parent
+                    && info.labels.get(REF_LABEL) == Some(&wanted);
+                if is_it {
+                    found = Some(info);
+                }
+                Ok(())
+            });
+            walked.map_err(|error| convert(&wanted, &error))?;
+            Ok(found)
+        });
+        let Some(layer) = found.await? else { return Ok(false) };
+        let (context, parent) = (context.clone(), parent_key.to_owned());
+        self.metadata
+            .commit(move |txn| {
+                leases::join(txn, &context, &resource_type(&of), &target)?;
+                if txn.has::<SnapshotRecord>(&[namespace.as_str(), &of, &target])? {
+                    return Ok(true);
+                }
+                let now = Some(SystemTime::now().into());
+                let record = SnapshotRecord {
+                    inner: layer.key,
+                    parent,
+                    labels: layer.labels,
+                    created: now,
+                    updated: now,
+                };
+                put_record(txn, namespace.as_str(), &of, &target, &record)?;
+                Ok(true)
+            })
+            .await
     }
 
     /// The snapshot that is in the way of a new one: its target, or one with its key.
@@ -301,88 +444,203 @@ impl Snapshots {
         self.ask(context, name, key, |snapshotter, inner| snapshotter.mounts(inner)).await
     }
 
-    /// Makes the active snapshot `key` the layer `layer`, with these labels.
-    pub async fn commit(
+    /// Makes the active snapshot `key` the layer `layer`, with these labels, and puts it onto another parent where one is
+    /// given.
+    pub async fn commit(&self, context: &RequestContext, name: &str, layer: Layer) -> Result<()> {
+        let wanted = layer.layer.clone();
+        match self.commit_stack(context, name, vec![layer]).await?[..] {
+            [true] => Ok(()),
+            _ => Err(exists(&wanted)),
+        }
+    }
+
+    /// Commits several active snapshots, of which one may be the parent of a later one, with one sync for all of them:
+    /// whether each was made a layer, or another has made that layer before. The lease holds the layers in both cases.
+    pub async fn commit_stack(
         &self,
         context: &RequestContext,
         name: &str,
-        layer: String,
-        key: String,
-        labels: Labels,
-    ) -> Result<()> {
+        layers: Vec<Layer>,
+    ) -> Result<Vec<bool>> {
         let namespace = context.namespace()?.clone();
         let snapshotter = self.snapshotter(name)?;
-        labels::validate_all(&labels)?;
-        if layer.is_empty() {
-            return Err(Error::invalid_argument("the name to commit a snapshot as must not be empty"));
+        for layer in &layers {
+            labels::validate_all(&layer.labels)?;
+            if layer.layer.is_empty() {
+                return Err(Error::invalid_argument("the name to commit a snapshot as must not be empty"));
+            }
         }
         let (this, context, name) = (self.clone(), context.clone(), name.to_owned());
         outlive(async move {
-            if this.metadata.view().has::<SnapshotRecord>(&[namespace.as_str(), &name, &layer])? {
-                return Err(this.join_existing(context, name, layer).await);
+            let claimed =
+                layers.iter().map(|layer| [namespace.to_string(), name.clone(), layer.layer.clone()]);
+            let _claim = this.committing.claim(claimed.collect()).await;
+            let (intents, inners, commits) = this.begin_commits(&context, &namespace, &name, &layers)?;
+            this.record_commits(context, &namespace, &name, &layers, &intents, &inners).await?;
+            if intents.is_empty() {
+                return Ok(vec![false; layers.len()]);
             }
-            let active = this.record(&context, &name, &key)?.inner;
-            let number = this.number.fetch_add(1, Ordering::Relaxed);
-            let inner = format!("{namespace}/{number}/{layer}");
-            let intent = CommitRecord {
-                key: key.clone(),
-                inner: active.clone(),
-                layer: layer.clone(),
-                labels: labels.clone(),
-                lease: context.lease().unwrap_or_default().to_owned(),
-            };
-            {
-                let (name, namespace, inner) = (name.clone(), namespace.clone(), inner.clone());
-                this.metadata
-                    .commit(move |txn| {
-                        leases::join(txn, &context, &resource_type(&name), &intent.layer)?;
-                        txn.put(&[namespace.as_str(), &name, &inner], &intent)
-                    })
-                    .await?;
-            }
+            sys::failpoint!("snapshots.commit.intended");
+            let keys = layers.iter().map(|layer| layer.key.as_str()).collect::<Vec<_>>().join(", ");
             let committed = {
-                let (snapshotter, inner, key) = (snapshotter.clone(), inner.clone(), key.clone());
-                let labels = inherited(&labels);
-                blocking(move || {
-                    snapshotter.commit(&inner, &active, &labels).map_err(|error| convert(&key, &error))
-                })
-                .await
+                let (snapshotter, keys) = (snapshotter.clone(), keys.clone());
+                blocking(move || snapshotter.commit_stack(&commits).map_err(|error| convert(&keys, &error)))
+                    .await
             };
             if let Err(error) = &committed {
                 // After a failed sync the journal may have it or not: the record of this commit must be there for the
-                // start that finds out.
-                let inner = inner.clone();
+                // start that finds out. It has all of them or none.
+                let inner = inners[0].clone();
                 let known = blocking(move || Ok(snapshotter.stat(&inner))).await;
                 if !matches!(known, Ok(Err(InnerError::NotFound(_)))) {
                     return Err(error.clone().context(format!(
-                        "whether snapshot {key:?} became {layer:?} is seen when gantryd is started again"
+                        "whether snapshot {keys:?} became a layer is seen when gantryd is started again"
                     )));
                 }
             }
-            let event = SnapshotCommit { key: key.clone(), name: layer.clone(), snapshotter: name.clone() };
+            sys::failpoint!("snapshots.commit.done");
             let done = committed.is_ok();
             let ended = {
-                let (name, namespace, inner) = (name.clone(), namespace.clone(), inner.clone());
-                this.metadata
-                    .commit(move |txn| end_commit(txn, namespace.as_str(), &name, &inner, done))
-                    .await
+                let (name, namespace, inners) = (name.clone(), namespace.clone(), inners.clone());
+                let end = move |txn: &mut Transaction| {
+                    let end = |inner: &String| end_commit(txn, namespace.as_str(), &name, inner, done);
+                    inners.iter().map(end).collect::<Result<Vec<_>>>()
+                };
+                this.metadata.commit(end).await
             };
+            sys::failpoint!("snapshots.commit.ended");
             committed?;
-            match ended? {
-                Ended::Committed => {}
-                Ended::Exists => {
-                    this.remove_collected(vec![(name, inner)]).await;
-                    return Err(exists(&layer));
-                }
-                Ended::Gone => {
-                    this.remove_collected(vec![(name, inner)]).await;
-                    return Err(missing(&key));
+            let mut made = BTreeMap::new();
+            let mut gone = None;
+            for ((intent, inner), ended) in intents.into_iter().zip(inners).zip(ended?) {
+                let CommitRecord { key, layer, .. } = intent;
+                match ended {
+                    Ended::Committed => {
+                        let event = SnapshotCommit { key, name: layer.clone(), snapshotter: name.clone() };
+                        this.events.publish(&namespace, "/snapshot/commit", &event);
+                        made.insert(layer, true);
+                    }
+                    Ended::Exists => this.remove_collected(vec![(name.clone(), inner)]).await,
+                    Ended::Gone => {
+                        this.remove_collected(vec![(name.clone(), inner)]).await;
+                        gone = gone.or(Some(missing(&key)));
+                    }
                 }
             }
-            this.events.publish(&namespace, "/snapshot/commit", &event);
-            Ok(())
+            match gone {
+                Some(error) => Err(error),
+                None => Ok(layers.iter().map(|layer| made.contains_key(&layer.layer)).collect()),
+            }
         })
         .await
+    }
+
+    /// What of these is to be committed, for those that do not exist yet: records of it, the inner keys of the layers, and
+    /// what to ask of the snapshotter.
+    fn begin_commits(
+        &self,
+        context: &RequestContext,
+        namespace: &Namespace,
+        name: &str,
+        layers: &[Layer],
+    ) -> Result<(Vec<CommitRecord>, Vec<String>, Vec<Commit>)> {
+        let (mut intents, mut inners, mut commits) = (Vec::new(), Vec::new(), Vec::new());
+        let mut new: BTreeMap<&str, String> = BTreeMap::new();
+        let view = self.metadata.view();
+        for Layer { key, layer, parent, labels } in layers {
+            if new.contains_key(layer.as_str())
+                || view.has::<SnapshotRecord>(&[namespace.as_str(), name, layer])?
+            {
+                continue;
+            }
+            let active = self.record(context, name, key)?.inner;
+            let number = self.number.fetch_add(1, Ordering::Relaxed);
+            let inner = format!("{namespace}/{number}/{layer}");
+            let inner_parent = match parent.as_deref() {
+                None => None,
+                Some("") => Some(String::new()),
+                Some(parent) => Some(match new.get(parent) {
+                    Some(inner) => inner.clone(),
+                    None => {
+                        self.record(context, name, parent).map_err(|error| error.context("parent"))?.inner
+                    }
+                }),
+            };
+            commits.push(Commit {
+                name: inner.clone(),
+                key: active.clone(),
+                parent: inner_parent,
+                labels: inherited(labels),
+            });
+            intents.push(CommitRecord {
+                key: key.clone(),
+                inner: active,
+                layer: layer.clone(),
+                labels: labels.clone(),
+                lease: context.lease().unwrap_or_default().to_owned(),
+                parent: parent.clone(),
+            });
+            new.insert(layer, inner.clone());
+            inners.push(inner);
+        }
+        Ok((intents, inners, commits))
+    }
+
+    /// Records commits that are about to begin. The layers join the lease, those that exist as well.
+    async fn record_commits(
+        &self,
+        context: RequestContext,
+        namespace: &Namespace,
+        name: &str,
+        layers: &[Layer],
+        intents: &[CommitRecord],
+        inners: &[String],
+    ) -> Result<()> {
+        let (namespace, name) = (namespace.clone(), name.to_owned());
+        let layers: Vec<String> = layers.iter().map(|layer| layer.layer.clone()).collect();
+        let intents: Vec<_> = inners.iter().cloned().zip(intents.iter().cloned()).collect();
+        self.metadata
+            .commit(move |txn| {
+                for layer in &layers {
+                    leases::join(txn, &context, &resource_type(&name), layer)?;
+                }
+                for (inner, intent) in &intents {
+                    txn.put(&[namespace.as_str(), &name, inner], intent)?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
+    /// Whether the snapshotter puts layers onto their parents when they are committed.
+    pub fn rebases(&self, name: &str) -> bool {
+        self.snapshotters
+            .get(name)
+            .is_some_and(|opened| opened.snapshotter.capabilities().contains(&snapshotter::REBASE))
+    }
+
+    /// The folders of a layer and of those beneath it, from the top, of a snapshotter that rebases.
+    pub async fn layers(&self, context: &RequestContext, name: &str, layer: &str) -> Result<Vec<PathBuf>> {
+        self.ask(context, name, layer, |snapshotter, inner| snapshotter.layers(inner)).await
+    }
+
+    /// Whether there is a snapshot of this key; if so, the caller's lease now holds it.
+    pub async fn join(&self, context: &RequestContext, name: &str, key: &str) -> Result<bool> {
+        let namespace = context.namespace()?.clone();
+        let here = self.metadata.view().has::<SnapshotRecord>(&[namespace.as_str(), name, key])?;
+        if !here || context.lease().is_none() {
+            return Ok(here);
+        }
+        let (context, name, key) = (context.clone(), name.to_owned(), key.to_owned());
+        self.metadata
+            .commit(move |txn| {
+                let here = txn.has::<SnapshotRecord>(&[namespace.as_str(), &name, &key])?;
+                if here {
+                    leases::join(txn, &context, &resource_type(&name), &key)?;
+                }
+                Ok(here)
+            })
+            .await
     }
 
     /// Removes a snapshot; FailedPrecondition while others are stacked on it. Of a snapshotter that could not be opened,
@@ -413,7 +671,10 @@ impl Snapshots {
                     Ok(record)
                 })
                 .await?;
-            this.remove_collected(vec![(from, record.inner)]).await;
+            sys::failpoint!("snapshots.remove.forgotten");
+            let removed = this.remove_collected(vec![(from, record.inner)]);
+            trace::span("the snapshotter removes", removed).await;
+            sys::failpoint!("snapshots.remove.done");
             this.events.publish(&namespace, "/snapshot/remove", &event);
             Ok(())
         })
@@ -554,6 +815,19 @@ impl Snapshots {
         self.ask(context, name, key, |snapshotter, inner| snapshotter.usage(inner)).await
     }
 
+    /// What these snapshots, as (snapshotter, inner key), themselves take, without their parents; None where that cannot be told.
+    pub(crate) async fn usages(&self, wanted: Vec<(String, String)>) -> Result<Vec<Option<Usage>>> {
+        let this = self.clone();
+        blocking(move || {
+            let usage = |(name, inner): (String, String)| {
+                let opened = this.snapshotters.get(&name)?;
+                opened.snapshotter.usage(&inner).ok()
+            };
+            Ok(wanted.into_iter().map(usage).collect())
+        })
+        .await
+    }
+
     /// Removes what removed snapshots may have left on disk.
     pub async fn cleanup(&self, name: &str) -> Result<()> {
         let (snapshotter, name) = (self.snapshotter(name)?, name.to_owned());
@@ -565,6 +839,20 @@ impl Snapshots {
         }
         outlive(blocking(move || snapshotter.cleanup().map_err(|error| convert(&name, &error)))).await
     }
+}
+
+/// A snapshotter of another process, put in order when it first answers.
+fn proxied(plugin: &Plugin, metadata: &Metadata, number: &Arc<AtomicU64>) -> Opened {
+    let (metadata, number, name) = (metadata.clone(), number.clone(), plugin.name.clone());
+    let root = plugin.root.clone().unwrap_or_else(|| plugin.address.clone());
+    let place = root.clone();
+    let reconcile = Box::new(move |snapshotter: &dyn Snapshotter| {
+        let done = reconcile::reconcile(&metadata, &number, &name, &place, snapshotter);
+        done.map(drop).map_err(|error| InnerError::Unavailable(error.to_string()))
+    });
+    let proxy = Proxy::new(plugin.address.clone());
+    let snapshotter = Arc::new(Remote::new(proxy, plugin.there.clone(), reconcile));
+    Opened { root, snapshotter, intact: true }
 }
 
 fn missing(key: &str) -> Error {
@@ -604,6 +892,12 @@ fn end_commit(txn: &mut Transaction, namespace: &str, name: &str, inner: &str, d
         return Ok(Ended::Gone);
     }
     let Some(mut record) = forget(txn, namespace, name, &intent.key)? else { return Ok(Ended::Gone) };
+    if let Some(parent) = intent.parent {
+        if !parent.is_empty() && !txn.has::<SnapshotRecord>(&[namespace, name, &parent])? {
+            return Ok(Ended::Gone);
+        }
+        record.parent = parent;
+    }
     if !intent.lease.is_empty() {
         txn.delete::<LeaseResource>(&[namespace, &intent.lease, &resource_type(name), &intent.key])?;
     }
@@ -662,6 +956,7 @@ fn convert(key: &str, error: &InnerError) -> Error {
         InnerError::InvalidArgument(_) => Error::invalid_argument(format!("snapshot {key:?}: {error}")),
         InnerError::Lost(_) => Error::data_loss(format!("snapshot {key:?}: {error}")),
         InnerError::Unsupported(_) => Error::unimplemented(error.to_string()),
+        InnerError::Unavailable(_) => Error::unavailable(format!("snapshot {key:?}: {error}")),
         InnerError::Io { what, path, source } => Error::io(format!("snapshot {key:?}: {what}"), path, source),
     }
 }

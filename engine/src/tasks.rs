@@ -20,12 +20,15 @@
 //! Invariants: a name is free again as soon as a failed create or a delete has answered, with nothing left of the task.
 //! Nothing here waits for a slow create but that create itself. No lock is held while a shim is waited for.
 
-mod bundle;
-mod launch;
+pub(crate) mod bundle;
+mod checkpoint;
+pub(crate) mod launch;
 mod restore;
+mod sandbox;
 mod task;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -34,28 +37,34 @@ use futures::stream::{self, StreamExt as _};
 use parking_lot::Mutex;
 use prost_types::Any;
 use proto::containerd::events::TaskExit;
-use proto::containerd::runc::v1::{CheckpointOptions, Options};
 use proto::containerd::services::containers::v1::Container;
 use proto::containerd::services::tasks::v1::{CreateTaskRequest, ExecProcessRequest};
-use proto::containerd::types::{Envelope, Metric};
+use proto::containerd::types::{Envelope, Metric, RuntimeInfo};
 use proto::containerd::v1::types::{Process, ProcessInfo, Status};
-use shim_api::{Code, task as shim};
+use shim_api::{Code, task as shim, trace};
 
-use self::bundle::{Bundles, End};
+use self::bundle::{Bundles, End, Of};
 use self::launch::{Launcher, ShimLog};
-use self::task::{Connect, Live, Phase, Task, from_shim};
+use self::task::{Connect, Live, Phase, Task};
 use crate::context::{Namespace, RequestContext, validate_identifier};
+use crate::diff::Diff;
 use crate::error::{Error, Result, blocking, outlive};
 use crate::events::Exchange;
 use crate::filters::Filter;
+use crate::hooks::{self, Hooks};
 use crate::metadata::{Metadata, Read as _};
 
+pub use self::sandbox::check_controller;
 pub use self::task::Exit;
+pub(crate) use self::task::from_shim;
 
 /// How long a shim may take to say what a process is; one that hangs is not to hang its callers.
 const STATE_LIMIT: Duration = Duration::from_secs(2);
 /// How long a shim may take to go once it has no container left.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(3);
+/// How long a killed shim may take to be gone, and between two looks at it.
+const KILL_LIMIT: Duration = Duration::from_secs(2);
+const KILL_PAUSE: Duration = Duration::from_millis(2);
 /// How long a shim may take over removing what a failed create left in it.
 const UNDO_LIMIT: Duration = Duration::from_secs(10);
 /// Between two tries to reach a shim that may be alive, at first and at most.
@@ -79,34 +88,56 @@ pub struct TasksOptions {
     pub shim_dirs: Vec<PathBuf>,
     /// The soft limit of descriptors for shims; None for the engine's own.
     pub descriptors: Option<u64>,
+    /// The hooks that containers get.
+    pub hooks: hooks::Settings,
 }
 
 /// The tasks of all namespaces; cheap to clone.
 #[derive(Clone)]
 pub struct Tasks {
-    bundles: Bundles,
+    bundles: Arc<[Bundles; 2]>,
+    /// Where checkpoints are made.
+    checkpoints: PathBuf,
+    diff: Diff,
+    hooks: Hooks,
     launcher: Launcher,
     metadata: Metadata,
     events: Exchange,
     tasks: Arc<Mutex<BTreeMap<Key, Arc<Task>>>>,
 }
 
-type Key = (Namespace, String);
+type Key = (Of, Namespace, String);
 
 impl Tasks {
     /// Tasks with these folders. Those of an earlier engine have their names, and are brought back by
     /// [`Tasks::restore`]. Blocks.
-    pub fn open(options: TasksOptions, metadata: Metadata, events: Exchange) -> Result<Self> {
-        let bundles = Bundles::new(&options.root, &options.state);
-        for (folder, mode) in [(&bundles.state, 0o711), (&bundles.work, 0o711)] {
-            sys::fs::create_dir_all(folder, mode)
+    pub fn open(options: TasksOptions, metadata: Metadata, events: Exchange, diff: Diff) -> Result<Self> {
+        let bundles = Of::ALL.map(|of| Bundles::new(of, &options.root, &options.state));
+        for folder in bundles.iter().flat_map(|bundles| [&bundles.state, &bundles.work]) {
+            sys::fs::create_dir_all(folder, 0o711)
                 .map_err(|error| Error::io("create folder", folder, &error))?;
         }
-        let TasksOptions { grpc_address, ttrpc_address, shim_dirs, descriptors, .. } = options;
+        let checkpoints = options.root.join(checkpoint::FOLDER);
+        sys::fs::remove_tree(&checkpoints)
+            .and_then(|()| sys::fs::create_dir(&checkpoints, 0o700))
+            .map_err(|error| Error::io("empty the folder", &checkpoints, &error))?;
+        let TasksOptions { grpc_address, ttrpc_address, shim_dirs, descriptors, hooks, .. } = options;
+        let hooks = Hooks::new(hooks);
         let launcher = Launcher::new(grpc_address, ttrpc_address, shim_dirs, descriptors);
-        let tasks = Tasks { bundles, launcher, metadata, events, tasks: Arc::default() };
+        let (bundles, tasks) = (Arc::new(bundles), Arc::default());
+        let tasks = Tasks { bundles, checkpoints, diff, hooks, launcher, metadata, events, tasks };
         tasks.find_bundles();
         Ok(tasks)
+    }
+
+    /// What a runtime, named like `io.containerd.runc.v2` or by its shim's path, can do with these options.
+    pub async fn runtime_info(&self, runtime: &str, options: Option<Any>) -> Result<RuntimeInfo> {
+        self.launcher.info(&self.launcher.find(runtime)?, options).await
+    }
+
+    /// The program of a runtime's shim.
+    pub fn program(&self, runtime: &str) -> Result<PathBuf> {
+        self.launcher.find(runtime)
     }
 
     /// Makes the task of a container: its bundle, its shim, its init process, which waits for a start. The init's pid.
@@ -116,18 +147,11 @@ impl Tasks {
         let id = request.container_id.clone();
         validate_identifier("container id", &id)?;
         let container = self.container(&namespace, &id)?;
-        let key = (namespace.clone(), id.clone());
-        let task = Task::new(namespace, id, self.bundles.bundle(&key.0, &key.1));
-        {
-            let mut tasks = self.tasks.lock();
-            if tasks.contains_key(&key) {
-                return Err(Error::already_exists(format!("container {:?} has a task already", key.1)));
-            }
-            tasks.insert(key, task.clone());
-        }
-        let this = self.clone();
+        let taken = || Error::already_exists(format!("container {id:?} has a task already"));
+        let task = self.take_name(Of::Container, &namespace, &id).ok_or_else(taken)?;
+        let (this, context) = (self.clone(), context.clone());
         outlive(async move {
-            let created = this.make(&task, &container, request).await;
+            let created = this.make(&context, &task, &container, request).await;
             if created.is_err() {
                 this.forget(&task);
             }
@@ -136,26 +160,30 @@ impl Tasks {
         .await
     }
 
-    async fn make(&self, task: &Arc<Task>, container: &Container, request: CreateTaskRequest) -> Result<u32> {
+    async fn make(
+        &self,
+        context: &RequestContext,
+        task: &Arc<Task>,
+        container: &Container,
+        request: CreateTaskRequest,
+    ) -> Result<u32> {
         let runtime = container.runtime.clone().unwrap_or_default();
         let name = if request.runtime_path.is_empty() { &runtime.name } else { &request.runtime_path };
         let program = self.launcher.find(name)?;
         let options = request.options.filter(|any| !any.value.is_empty()).or(runtime.options);
-        let checkpoint = checkpoint_path(request.checkpoint.is_some(), options.as_ref())?;
-        if task.bundle.path.exists() {
-            // Its clean-up failed; the container may still run.
-            self.run_delete(task).await.map_err(|error| error.context("clean up after an earlier task"))?;
-        }
         let spec = container.spec.as_ref().map(|any| any.value.clone()).unwrap_or_default();
-        let (bundle, noted) = (task.bundle.clone(), program.clone());
-        blocking(move || {
-            bundle.create(&spec)?;
-            // Before the shim starts, so that whatever happens from here on can be cleaned up by it.
-            bundle.note_program(&noted).inspect_err(|_| {
-                let _ = bundle.remove();
-            })
-        })
-        .await?;
+        let hooks = self.hooks.clone();
+        let spec = blocking(move || hooks.add_to(spec)).await?;
+        trace::span("make the bundle", self.make_bundle(task, spec, &program)).await?;
+        sys::failpoint!("tasks.create.bundle");
+        let checkpoint = self.restore_from(context, task, request.checkpoint, options.as_ref()).await;
+        let checkpoint = match checkpoint {
+            Ok(checkpoint) => checkpoint,
+            Err(error) => {
+                self.remove_bundle(task).await;
+                return Err(error);
+            }
+        };
         let request = shim::CreateTaskRequest {
             id: task.id.clone(),
             bundle: task.bundle.path.display().to_string(),
@@ -168,7 +196,11 @@ impl Tasks {
             options: options.clone(),
             ..Default::default()
         };
-        let live = match self.start_shim(task, &program, options).await {
+        let reached = match self.sandbox_to_join(task, container) {
+            Some(sandbox) => self.join(task, &sandbox).await,
+            None => self.start_shim(task, &program, options).await,
+        };
+        let live = match reached {
             Ok(live) => live,
             Err(error) => {
                 // It was never asked for a container, so that there is no more than the shim.
@@ -177,8 +209,9 @@ impl Tasks {
                 return Err(error);
             }
         };
-        match live.client.create(request).await {
+        match trace::span("the shim creates", live.client.create(request)).await {
             Ok(created) => {
+                sys::failpoint!("tasks.create.created");
                 task.note_pid(created.pid);
                 self.went_live(task, live);
                 Ok(created.pid)
@@ -190,6 +223,34 @@ impl Tasks {
         }
     }
 
+    /// Takes a name, for what is being made; None when it is taken already.
+    fn take_name(&self, of: Of, namespace: &Namespace, id: &str) -> Option<Arc<Task>> {
+        let bundles = self.bundles.iter().find(|bundles| bundles.of == of)?;
+        let task = Task::new(of, namespace.clone(), id.to_owned(), bundles.bundle(namespace, id));
+        match self.tasks.lock().entry((of, namespace.clone(), id.to_owned())) {
+            Entry::Occupied(_) => None,
+            Entry::Vacant(vacant) => Some(vacant.insert(task).clone()),
+        }
+    }
+
+    /// Makes the bundle, after what an earlier one of the name left has been cleaned up.
+    async fn make_bundle(&self, task: &Task, spec: Vec<u8>, program: &Path) -> Result<()> {
+        if task.bundle.path.exists() {
+            // Its clean-up failed; the container may still run.
+            let cleaned = self.run_delete(task).await;
+            cleaned.map_err(|error| error.context(format!("clean up after an earlier {:?}", task.id)))?;
+        }
+        let (bundle, program) = (task.bundle.clone(), program.to_owned());
+        blocking(move || {
+            bundle.create(&spec)?;
+            // Before the shim starts, so that whatever happens from here on can be cleaned up by it.
+            bundle.note_program(&program).inspect_err(|_| {
+                let _ = bundle.remove();
+            })
+        })
+        .await
+    }
+
     async fn start_shim(&self, task: &Arc<Task>, program: &Path, options: Option<Any>) -> Result<Live> {
         match ShimLog::follow(&task.bundle, &task.namespace, &task.id) {
             Ok(log) => task.follows(log),
@@ -198,18 +259,21 @@ impl Tasks {
         let mut tries = 0;
         let (answer, live) = loop {
             let options = options.clone();
-            let answer =
-                self.launcher.start(program, &task.bundle, &task.namespace, &task.id, options).await?;
+            let answer = self.launcher.start(program, &task.bundle, &task.namespace, &task.id, options);
+            let answer = trace::span("start the shim", answer).await?;
+            sys::failpoint!("tasks.shim.started");
             task.note_address(&answer.address);
-            match Live::connect(&answer, &task.namespace).await {
+            match trace::span("connect", Live::connect(&answer, &task.namespace)).await {
                 Ok(live) => break (answer, live),
                 // It named the shim of its group, which was about to end.
                 Err(Connect::Dead(_)) if tries == 0 => tries += 1,
                 Err(Connect::Dead(error) | Connect::Failed(error)) => return Err(error),
             }
         };
+        sys::failpoint!("tasks.shim.connected");
         let bundle = task.bundle.clone();
-        blocking(move || bundle.note_shim(&answer)).await?;
+        trace::span("note the shim", blocking(move || bundle.note_shim(&answer))).await?;
+        sys::failpoint!("tasks.shim.noted");
         Ok(live)
     }
 
@@ -234,8 +298,11 @@ impl Tasks {
                     pause = RECONNECT_FIRST;
                 }
             }
-            if task.is_ending() {
-                return;
+            // Who ends it looks after its shim, too, unless the shim refuses.
+            tokio::select! {
+                biased;
+                () = task.goes_on() => {}
+                () = task.over() => return,
             }
             let error = match task.bundle.shim_address() {
                 Ok(answer) => match Live::connect(&answer, &task.namespace).await {
@@ -321,7 +388,7 @@ impl Tasks {
         let others: Vec<_> = self.tasks.lock().values().cloned().collect();
         others
             .iter()
-            .filter(|other| other.id != task.id || other.namespace != task.namespace)
+            .filter(|other| !std::ptr::eq(&raw const ***other, task))
             .any(|other| !other.is_over() && other.address().is_some_and(|of| of == address))
     }
 
@@ -337,6 +404,11 @@ impl Tasks {
                 tracing::warn!(pid, id, %namespace, "killing a shim that does not end");
                 restore::kill(pid);
             }
+            // Until then it listens.
+            let deadline = Instant::now() + KILL_LIMIT;
+            while !restore::processes_in(&path).is_empty() && Instant::now() < deadline {
+                std::thread::sleep(KILL_PAUSE);
+            }
             Ok(())
         });
         if let Err(error) = killed.await {
@@ -346,8 +418,14 @@ impl Tasks {
     }
 
     async fn remove_bundle(&self, task: &Task) {
-        let bundle = task.bundle.clone();
-        if let Err(error) = blocking(move || bundle.remove()).await {
+        let (bundle, launcher) = (task.bundle.clone(), self.launcher.clone());
+        let (namespace, id) = (task.namespace.clone(), task.id.clone());
+        let removed = blocking(move || {
+            // While the bundle still says where.
+            launcher.remove_dead_sockets(&bundle, &namespace, &id);
+            bundle.remove()
+        });
+        if let Err(error) = removed.await {
             tracing::error!(%error, id = task.id, namespace = %task.namespace, "a bundle is left; the next start removes it");
         }
     }
@@ -362,7 +440,7 @@ impl Tasks {
 
     fn forget(&self, task: &Arc<Task>) {
         task.set(Phase::Gone);
-        let key = (task.namespace.clone(), task.id.clone());
+        let key = (task.of, task.namespace.clone(), task.id.clone());
         let mut tasks = self.tasks.lock();
         if tasks.get(&key).is_some_and(|other| Arc::ptr_eq(other, task)) {
             tasks.remove(&key);
@@ -373,7 +451,12 @@ impl Tasks {
     pub async fn start(&self, context: &RequestContext, id: &str, exec_id: &str) -> Result<u32> {
         let task = self.task(context, id)?;
         let request = shim::StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned() };
-        outlive(async move { Ok(task.ask(|shim| async move { shim.start(request).await }).await?.pid) }).await
+        let started = async move {
+            let started = task.ask(|shim| async move { shim.start(request).await }).await?;
+            sys::failpoint!("tasks.start.answered");
+            Ok(started.pid)
+        };
+        outlive(trace::span("the shim starts", started)).await
     }
 
     /// Removes a stopped task, with its shim when no other needs it; how its init ended.
@@ -383,9 +466,10 @@ impl Tasks {
         outlive(async move {
             let request = shim::DeleteRequest { id: task.id.clone(), ..Default::default() };
             let exit = match task.phase() {
-                Phase::Live(live) => match live.client.delete(request).await {
+                Phase::Live(live) => match trace::span("the shim deletes", live.client.delete(request)).await {
                     Ok(answer) => {
                         let exit = Exit::of(answer.pid, answer.exit_status, answer.exited_at);
+                        sys::failpoint!("tasks.delete.answered");
                         if !task.claim_end() {
                             // The shim died as it answered: what is left is being cleaned up.
                             task.over().await;
@@ -393,10 +477,13 @@ impl Tasks {
                                 return Ok(exit);
                             }
                         } else {
-                            this.note_end(&task, End::Deleted).await;
-                            this.end_shim(&task, &live).await;
+                            trace::span("note the end", this.note_end(&task, End::Deleted)).await;
+                            sys::failpoint!("tasks.delete.noted");
+                            trace::span("end the shim", this.end_shim(&task, &live)).await;
+                            sys::failpoint!("tasks.delete.shim-ended");
                         }
-                        this.remove_bundle(&task).await;
+                        trace::span("remove the bundle", this.remove_bundle(&task)).await;
+                        sys::failpoint!("tasks.delete.removed");
                         this.forget(&task);
                         return Ok(exit);
                     }
@@ -443,6 +530,7 @@ impl Tasks {
         let task = self.task(context, id)?;
         let request = shim::DeleteRequest { id: id.to_owned(), exec_id: exec_id.to_owned() };
         let answer = task.ask(|shim| async move { shim.delete(request).await }).await?;
+        sys::failpoint!("tasks.delete-process.answered");
         Ok(Exit::of(answer.pid, answer.exit_status, answer.exited_at))
     }
 
@@ -479,7 +567,9 @@ impl Tasks {
     ) -> Result<()> {
         let task = self.task(context, id)?;
         let request = shim::KillRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), signal, all };
-        task.ask(|shim| async move { shim.kill(request).await }).await
+        task.ask(|shim| async move { shim.kill(request).await }).await?;
+        sys::failpoint!("tasks.kill.answered");
+        Ok(())
     }
 
     /// Adds a process to a running container; a start runs it. AlreadyExists when the exec id is taken.
@@ -498,7 +588,9 @@ impl Tasks {
             stderr: request.stderr,
             spec: request.spec,
         };
-        task.ask(|shim| async move { shim.exec(request).await }).await
+        task.ask(|shim| async move { shim.exec(request).await }).await?;
+        sys::failpoint!("tasks.exec.answered");
+        Ok(())
     }
 
     /// Sets the size of a process's terminal, in characters.
@@ -546,25 +638,6 @@ impl Tasks {
         let request = shim::PidsRequest { id: id.to_owned() };
         let answer = self.task(context, id)?.ask(|shim| async move { shim.pids(request).await }).await?;
         Ok(answer.processes)
-    }
-
-    /// Writes a container's state to the folder that the options name. Unimplemented without one: a checkpoint as
-    /// an image is made by clients from such a folder.
-    pub async fn checkpoint(&self, context: &RequestContext, id: &str, options: Option<Any>) -> Result<()> {
-        let task = self.task(context, id)?;
-        let wanted = match &options {
-            Some(any) => proto::any::unpack::<CheckpointOptions>(any).map_err(|error| {
-                Error::invalid_argument(format!("checkpoint options cannot be decoded: {error}"))
-            })?,
-            None => CheckpointOptions::default(),
-        };
-        if wanted.image_path.is_empty() {
-            return Err(Error::unimplemented(
-                "a checkpoint into the content store is not offered; name a folder in the option image_path",
-            ));
-        }
-        let request = shim::CheckpointTaskRequest { id: id.to_owned(), path: wanted.image_path, options };
-        outlive(async move { task.ask(|shim| async move { shim.checkpoint(request).await }).await }).await
     }
 
     /// Changes a container's resource limits.
@@ -633,18 +706,32 @@ impl Tasks {
     }
 
     /// Passes on what a shim publishes, and remembers exits: should the shim die, its exit is known and not told twice.
-    pub fn forward(&self, envelope: Envelope) -> Result<()> {
+    /// The shim sends it again until it is answered.
+    pub async fn forward_once(&self, envelope: Envelope) -> Result<()> {
+        self.note_exit(&envelope);
+        sys::failpoint!("tasks.event.arrived");
+        self.events.forward_once(envelope).await?;
+        sys::failpoint!("tasks.event.kept");
+        Ok(())
+    }
+
+    /// The same for what comes by way of a client, as that of shims that run one for each event.
+    pub async fn forward(&self, envelope: Envelope) -> Result<()> {
+        self.note_exit(&envelope);
+        self.events.forward(envelope).await
+    }
+
+    fn note_exit(&self, envelope: &Envelope) {
         let exit = (envelope.topic == "/tasks/exit")
             .then(|| proto::any::unpack::<TaskExit>(envelope.event.as_ref()?).ok())
             .flatten()
             .filter(|exit| exit.id == exit.container_id);
         if let Some(exit) = exit
             && let Ok(namespace) = Namespace::new(&envelope.namespace)
-            && let Some(task) = self.tasks.lock().get(&(namespace, exit.container_id.clone()))
+            && let Some(task) = self.tasks.lock().get(&(Of::Container, namespace, exit.container_id.clone()))
         {
             task.saw_exit(Exit::of(exit.pid, exit.exit_status, exit.exited_at));
         }
-        self.events.forward(envelope)
     }
 
     fn container(&self, namespace: &Namespace, id: &str) -> Result<Container> {
@@ -653,33 +740,20 @@ impl Tasks {
     }
 
     fn task(&self, context: &RequestContext, id: &str) -> Result<Arc<Task>> {
-        let key = (context.namespace()?.clone(), id.to_owned());
+        let key = (Of::Container, context.namespace()?.clone(), id.to_owned());
         let task = self.tasks.lock().get(&key).cloned();
         task.filter(|task| !matches!(task.phase(), Phase::Creating)).ok_or_else(|| no_task(id))
     }
 
     fn of_namespace(&self, namespace: &Namespace) -> Vec<Arc<Task>> {
         let tasks = self.tasks.lock();
-        let from = (namespace.clone(), String::new());
-        tasks.range(from..).take_while(|((of, _), _)| of == namespace).map(|(_, task)| task.clone()).collect()
+        let from = (Of::Container, namespace.clone(), String::new());
+        let after = tasks.range(from..);
+        let of_it = after.take_while(|((of, name, _), _)| *of == Of::Container && name == namespace);
+        of_it.map(|(_, task)| task.clone()).collect()
     }
 }
 
 fn no_task(id: &str) -> Error {
     Error::not_found(format!("container {id:?} has no task"))
-}
-
-/// The folder to restore from, if the options name one.
-fn checkpoint_path(descriptor: bool, options: Option<&Any>) -> Result<String> {
-    let path = options
-        .filter(|any| proto::any::is::<Options>(any))
-        .and_then(|any| proto::any::unpack::<Options>(any).ok())
-        .map(|options| options.criu_image_path)
-        .unwrap_or_default();
-    if descriptor && path.is_empty() {
-        return Err(Error::unimplemented(
-            "restoring from a checkpoint in the content store is not offered; name a folder in the option criu_image_path",
-        ));
-    }
-    Ok(path)
 }

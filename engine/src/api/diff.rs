@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status};
 
 use super::required;
 use crate::context::RequestContext;
-use crate::diff::{Comparison, Diff};
+use crate::diff::{Comparison, Diff, Layer};
 
 /// The service over the domain's layers.
 pub struct Service {
@@ -21,8 +21,13 @@ pub struct Service {
 impl api::diff_server::Diff for Service {
     async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
         let (context, request) = RequestContext::split(request)?;
-        let layer = required(request.diff, "diff")?;
-        let applied = self.diff.apply(&context, layer, mounts(request.mounts), request.sync_fs).await?;
+        let layer = Layer {
+            descriptor: required(request.diff, "diff")?,
+            mounts: mounts(request.mounts),
+            payloads: request.payloads,
+            sync: request.sync_fs,
+        };
+        let applied = self.diff.apply(&context, layer).await?;
         Ok(Response::new(ApplyResponse { applied: Some(applied) }))
     }
 

@@ -24,13 +24,13 @@ pub struct Service {
 impl api::events_server::Events for Service {
     async fn publish(&self, request: Request<PublishRequest>) -> Result<Response<()>, Status> {
         let (context, request) = RequestContext::split(request)?;
-        self.events.publish_any(context.namespace()?, request.topic, request.event)?;
+        self.events.publish_any(context.namespace()?, request.topic, request.event).await?;
         Ok(Response::new(()))
     }
 
     async fn forward(&self, request: Request<ForwardRequest>) -> Result<Response<()>, Status> {
         let (_, request) = RequestContext::split(request)?;
-        self.tasks.forward(required(request.envelope, "envelope")?)?;
+        self.tasks.forward(required(request.envelope, "envelope")?).await?;
         Ok(Response::new(()))
     }
 

@@ -14,9 +14,9 @@ pub struct Service {
 
 impl From<Collected> for CollectResponse {
     fn from(collected: Collected) -> Self {
-        let Collected { content, snapshots, images, leases, ingests, took } = collected;
+        let Collected { content, snapshots, images, leases, ingests, mounts, took } = collected;
         let took = took.try_into().ok();
-        CollectResponse { content, snapshots, images, leases, ingests, took }
+        CollectResponse { content, snapshots, images, leases, ingests, took, mounts }
     }
 }
 

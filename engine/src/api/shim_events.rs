@@ -17,8 +17,10 @@ struct Service {
 #[async_trait::async_trait]
 impl EventsService for Service {
     async fn forward(&self, envelope: Envelope) -> shim_api::Result<()> {
-        self.tasks.forward(envelope).map_err(|error| match error {
+        self.tasks.forward_once(envelope).await.map_err(|error| match error {
             Error::InvalidArgument(message) => shim_api::Error::invalid_argument(message),
+            // It is sent again.
+            Error::Unavailable(message) => shim_api::Error::unavailable(message),
             error => shim_api::Error::unknown(error),
         })
     }

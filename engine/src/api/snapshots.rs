@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 
 use super::{mask, required};
 use crate::context::RequestContext;
-use crate::snapshots::{self, New, Snapshots};
+use crate::snapshots::{self, Layer, New, Snapshots};
 
 /// Snapshots in one message of a list.
 const PAGE: usize = 100;
@@ -86,9 +86,10 @@ impl api::snapshots_server::Snapshots for Service {
 
     async fn commit(&self, request: Request<CommitSnapshotRequest>) -> Result<Response<()>, Status> {
         let (context, request) = RequestContext::split(request)?;
-        self.snapshots
-            .commit(&context, &request.snapshotter, request.name, request.key, request.labels)
-            .await?;
+        let CommitSnapshotRequest { snapshotter, name, key, labels, parent } = request;
+        let parent = Some(parent).filter(|parent| !parent.is_empty());
+        let layer = Layer { key, layer: name, parent, labels };
+        self.snapshots.commit(&context, &snapshotter, layer).await?;
         Ok(Response::new(()))
     }
 

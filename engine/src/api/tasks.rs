@@ -121,9 +121,8 @@ impl api::tasks_server::Tasks for Service {
         request: Request<CheckpointTaskRequest>,
     ) -> Result<Response<CheckpointTaskResponse>, Status> {
         let (context, request) = RequestContext::split(request)?;
-        self.tasks.checkpoint(&context, &request.container_id, request.options).await?;
-        // What lies in a folder has no descriptors.
-        Ok(Response::new(CheckpointTaskResponse { descriptors: Vec::new() }))
+        let descriptors = self.tasks.checkpoint(&context, &request.container_id, request.options).await?;
+        Ok(Response::new(CheckpointTaskResponse { descriptors }))
     }
 
     async fn update(&self, request: Request<UpdateTaskRequest>) -> Result<Response<()>, Status> {

@@ -28,13 +28,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _};
 use oci::{Algorithm, Digest, Hasher};
 use parking_lot::Mutex;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tokio::sync::{Notify, watch};
 
-use crate::error::{Error, Result};
+use super::remote::{Leaving, Remote};
+use crate::error::{Error, Result, blocking};
 
+/// Bytes in one piece of a blob that is read.
+pub(super) const PIECE: u64 = 1 << 20;
 /// Bytes read at a time when an ingest is hashed again or a blob copied.
 const BUFFER: usize = 1 << 20;
 
@@ -44,8 +50,38 @@ pub(super) struct Store {
     root: Arc<Path>,
     /// Who has the ingests that are open, by key.
     open: Arc<Mutex<HashMap<String, Holders>>>,
+    /// Told whenever somebody lets go of an ingest.
+    pub(super) released: Arc<Notify>,
     /// How many commits under way want a blob's file to stay.
     pinned: Arc<Mutex<HashMap<Digest, usize>>>,
+    /// Where blobs are, when they are not in the folder.
+    remote: Option<Arc<Remote>>,
+}
+
+/// A blob that nobody needs, out of the store or about to be.
+pub(super) enum Taken {
+    /// Its file, under another name.
+    File(PathBuf),
+    /// It is in another process's store.
+    There(Leaving),
+}
+
+impl Taken {
+    /// Deletes it. Blocks.
+    pub(super) fn delete(self) -> Result<()> {
+        match self {
+            Taken::File(path) => match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(Error::io("remove", &path, &error))
+                }
+                _ => {
+                    sys::failpoint!("content.blob.deleted");
+                    Ok(())
+                }
+            },
+            Taken::There(leaving) => leaving.delete(),
+        }
+    }
 }
 
 /// An ingest as it is on disk.
@@ -69,8 +105,8 @@ pub(super) struct Ingest {
 
 /// Who has an ingest open.
 enum Holders {
-    /// The one that writes it.
-    Writer,
+    /// The one that writes it, and whether others wait for it to end.
+    Writer(watch::Sender<bool>),
     /// So many that have nothing to write, since another namespace has the blob.
     Shared(usize),
 }
@@ -86,11 +122,27 @@ impl Held {
     pub(super) fn write(&mut self) -> Result<()> {
         let mut open = self.store.open.lock();
         match open.get_mut(&self.key) {
-            Some(holders @ Holders::Shared(1)) => *holders = Holders::Writer,
+            Some(holders @ Holders::Shared(1)) => *holders = Holders::Writer(watch::Sender::new(false)),
             Some(Holders::Shared(_)) => return Err(in_use(&self.key)),
-            Some(Holders::Writer) | None => {}
+            Some(Holders::Writer(_)) | None => {}
         }
         Ok(())
+    }
+
+    /// Comes back once another waits for this ingest to end.
+    pub(super) fn wanted(&self) -> impl Future<Output = ()> + Send + 'static {
+        let wanted = match self.store.open.lock().get(&self.key) {
+            Some(Holders::Writer(wanted)) => Some(wanted.subscribe()),
+            _ => None,
+        };
+        async move {
+            if let Some(mut wanted) = wanted
+                && wanted.wait_for(|wanted| *wanted).await.is_ok()
+            {
+                return;
+            }
+            std::future::pending::<()>().await;
+        }
     }
 }
 
@@ -101,6 +153,8 @@ impl Drop for Held {
             Some(Holders::Shared(count)) if *count > 1 => *count -= 1,
             _ => drop(open.remove(&self.key)),
         }
+        drop(open);
+        self.store.released.notify_waiters();
     }
 }
 
@@ -149,15 +203,44 @@ impl Store {
         for folder in [root, &root.join("blobs")] {
             sys::fs::sync_dir(folder).map_err(|error| Error::io("sync folder", folder, &error))?;
         }
-        Ok(Store { root: root.into(), open: Arc::default(), pinned: Arc::default() })
+        Ok(Store {
+            root: root.into(),
+            open: Arc::default(),
+            released: Arc::default(),
+            pinned: Arc::default(),
+            remote: None,
+        })
+    }
+
+    /// The same with the blobs in another process's store.
+    pub(super) fn with(mut self, remote: Remote) -> Self {
+        self.remote = Some(Arc::new(remote));
+        self
+    }
+
+    /// Whether blobs are in the folder, so that a commit of records may look at them.
+    pub(super) fn is_here(&self) -> bool {
+        self.remote.is_none()
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
     }
 
     pub(super) fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.root.join("blobs").join(digest.algorithm().as_str()).join(digest.hex())
     }
 
+    /// A path for what is removed at the next start, if it is there by then.
+    pub(super) fn removed_path(&self, name: &str) -> PathBuf {
+        self.root.join("removed").join(name)
+    }
+
     /// The size of a blob's file; None when there is none.
     pub(super) fn blob_size(&self, digest: &Digest) -> Result<Option<u64>> {
+        if let Some(remote) = &self.remote {
+            return remote.size(digest);
+        }
         let path = self.blob_path(digest);
         match std::fs::metadata(&path) {
             Ok(metadata) => Ok(Some(metadata.len())),
@@ -166,26 +249,80 @@ impl Store {
         }
     }
 
-    /// Makes sure that a blob's name in its folder is on disk, whoever put it there.
+    /// A blob's bytes as a file; `size` is what its record says.
+    pub(super) fn open_blob(&self, digest: &Digest, size: u64) -> Result<File> {
+        if let Some(remote) = &self.remote {
+            return remote.fetch(digest, size, &self.root.join("removed"));
+        }
+        let path = self.blob_path(digest);
+        File::open(&path).map_err(|error| Error::io("open the blob", &path, &error))
+    }
+
+    /// A blob's bytes from `from` to `end`, with their offsets. One piece at a time: a slow reader holds one piece of memory
+    /// and no thread.
+    pub(super) async fn read(
+        &self,
+        digest: Digest,
+        from: u64,
+        end: u64,
+    ) -> Result<impl Stream<Item = Result<(u64, Bytes)>> + Send + 'static> {
+        if let Some(remote) = &self.remote {
+            return Ok(remote.clone().read(digest, from, end).await?.left_stream());
+        }
+        let this = self.clone();
+        let file = blocking(move || {
+            let mut file = this.open_blob(&digest, 0)?;
+            let path = this.blob_path(&digest);
+            file.seek(SeekFrom::Start(from)).map_err(|error| Error::io("read", path, &error))?;
+            Ok(file)
+        })
+        .await?;
+        let pieces = futures::stream::try_unfold((file, from), move |(file, offset)| async move {
+            if offset >= end {
+                return Ok(None);
+            }
+            let (file, piece) = blocking(move || read_piece(file, PIECE.min(end - offset))).await?;
+            let next = offset + piece.len() as u64;
+            Ok(Some(((offset, piece), (file, next))))
+        });
+        Ok(pieces.right_stream())
+    }
+
+    /// Makes sure that a blob's name in its folder is on disk, whoever put it there; of another process's store, that it is
+    /// there.
     pub(super) fn sync_name(&self, digest: &Digest) -> Result<()> {
+        if let Some(remote) = &self.remote {
+            let gone = || Error::failed_precondition(format!("blob {digest} was removed meanwhile"));
+            return remote.size(digest)?.map(drop).ok_or_else(gone);
+        }
         let path = self.blob_path(digest);
         // The other algorithms' folders are made with their first blob.
         let folders = if digest.algorithm() == Algorithm::Sha256 { 1 } else { 2 };
         for folder in path.ancestors().skip(1).take(folders) {
             sys::fs::sync_dir(folder).map_err(|error| Error::io("sync folder", folder, &error))?;
         }
+        sys::failpoint!("content.blob.name-synced");
         Ok(())
     }
 
-    /// Takes a blob's file out of the store, at the speed of a rename; the path it has then, to be deleted. None when
-    /// there is no file, or when a commit under way has pinned it.
-    pub(super) fn take_out(&self, digest: &Digest) -> Result<Option<PathBuf>> {
-        if self.pinned.lock().contains_key(digest) {
+    /// Takes a blob's file out of the store, at the speed of a rename, to be deleted. None when there is no file, or when a
+    /// commit under way has pinned it.
+    pub(super) fn take_out(&self, digest: &Digest) -> Result<Option<Taken>> {
+        let pinned = self.pinned.lock();
+        if pinned.contains_key(digest) {
             return Ok(None);
         }
+        if let Some(remote) = &self.remote {
+            // Under the lock: who pins it from now on sees that it is leaving.
+            return Ok(remote.leave(digest).map(Taken::There));
+        }
+        drop(pinned);
         let (from, to) = (self.blob_path(digest), self.root.join("removed").join(digest.hex()));
         match std::fs::rename(&from, &to) {
-            Ok(()) => Ok(Some(to)),
+            Ok(()) => {
+                sys::failpoint!("content.blob.taken-out");
+                Ok(Some(Taken::File(to)))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io("remove", &from, &error)),
         }
@@ -193,6 +330,9 @@ impl Store {
 
     /// All blobs.
     pub(super) fn blobs(&self) -> Result<HashSet<Digest>> {
+        if let Some(remote) = &self.remote {
+            return remote.blobs();
+        }
         let root = self.root.join("blobs");
         let failed = |error: io::Error| Error::io("read folder", &root, &error);
         let mut blobs = HashSet::new();
@@ -203,6 +343,12 @@ impl Store {
             }
         }
         Ok(blobs)
+    }
+
+    /// Puts everything that was written to this file system on disk.
+    pub(super) fn sync_all(&self) -> Result<()> {
+        sys::fs::sync_filesystem(&self.root)
+            .map_err(|error| Error::io("sync the file system of", &*self.root, &error))
     }
 
     pub(super) fn ingest_folder(&self, key: &str) -> PathBuf {
@@ -244,9 +390,14 @@ impl Store {
         let mut open = self.open.lock();
         match open.get_mut(key) {
             Some(Holders::Shared(count)) if shared => *count += 1,
-            Some(_) => return Err(in_use(key)),
+            Some(Holders::Writer(wanted)) => {
+                wanted.send_replace(true);
+                return Err(in_use(key));
+            }
+            Some(Holders::Shared(_)) => return Err(in_use(key)),
             None => {
-                let holders = if shared { Holders::Shared(1) } else { Holders::Writer };
+                let holders =
+                    if shared { Holders::Shared(1) } else { Holders::Writer(watch::Sender::new(false)) };
                 open.insert(key.to_owned(), holders);
             }
         }
@@ -266,6 +417,7 @@ impl Store {
         let before = self.status(key)?.filter(ours).filter(fits);
         if before.is_none() {
             make_folder(&folder)?;
+            sys::failpoint!("content.ingest.folder");
             let now = show_time(SystemTime::now());
             for (name, text) in [("startedat", now.as_str()), ("updatedat", &now), ("ref", key)] {
                 std::fs::write(folder.join(name), text).map_err(failed)?;
@@ -276,6 +428,7 @@ impl Store {
             std::fs::write(folder.join("total"), total.to_string()).map_err(failed)?;
         }
         let mut data = open_data(&folder, before.is_none()).map_err(failed)?;
+        sys::failpoint!("content.ingest.opened");
         let mut hasher = algorithm.hasher();
         let offset = hash_rest(&mut data, &mut hasher).map_err(failed)?;
         let now = SystemTime::now();
@@ -290,6 +443,7 @@ impl Store {
         let folder = self.ingest_folder(key);
         let existed = folder.exists();
         sys::fs::remove_tree(&folder).map_err(|error| Error::io("remove ingest", &folder, &error))?;
+        sys::failpoint!("content.ingest.removed");
         Ok(existed)
     }
 }
@@ -305,6 +459,7 @@ impl Ingest {
         self.hasher.update(bytes);
         self.status.offset += bytes.len() as u64;
         self.status.updated_at = SystemTime::now();
+        sys::failpoint!("content.ingest.written");
         Ok(())
     }
 
@@ -344,8 +499,22 @@ impl Ingest {
         let _ = std::fs::write(self.folder.join("updatedat"), show_time(self.status.updated_at));
     }
 
+    /// The file of the data, to be read at any offset while it grows.
+    pub(super) fn reader(&self) -> io::Result<File> {
+        self.data.try_clone()
+    }
+
     /// Checks size and digest, syncs the data and pins the blob, which is then to be published; the ingest stays.
-    pub(super) fn finish(mut self, size: u64, expected: Option<&Digest>) -> Result<Finished> {
+    pub(super) fn finish(self, size: u64, expected: Option<&Digest>) -> Result<Finished> {
+        let finished = self.check(size, expected)?;
+        let Ingest { data, folder, .. } = &finished.ingest;
+        data.sync_all().map_err(|error| Error::io("sync ingest", folder, &error))?;
+        sys::failpoint!("content.ingest.synced");
+        Ok(finished)
+    }
+
+    /// The same without the sync, which is to come before the blob is published.
+    pub(super) fn check(mut self, size: u64, expected: Option<&Digest>) -> Result<Finished> {
         if size > 0 && size != self.status.offset {
             return Err(Error::failed_precondition(format!(
                 "ingest {:?}: {} bytes were written and {size} were announced",
@@ -371,7 +540,6 @@ impl Ingest {
                 self.key
             )));
         }
-        self.data.sync_all().map_err(|error| Error::io("sync ingest", &self.folder, &error))?;
         let pin = Pin::new(&self.store, &digest);
         Ok(Finished { digest, size: self.status.offset, ingest: self, _pin: pin })
     }
@@ -389,13 +557,22 @@ impl Finished {
     /// Makes sure that the blob's file is in the store and that this is on disk. To be called before the record's commit,
     /// and again when the commit finds that the file is gone: a removal that had begun before the pin took it.
     pub(super) fn publish(&self) -> Result<()> {
-        let Ingest { store, folder, data, .. } = &self.ingest;
+        self.link()?;
+        self.ingest.store.sync_name(&self.digest)
+    }
+
+    /// The same, but what it is called in its folder has yet to come to disk.
+    pub(super) fn link(&self) -> Result<()> {
+        let Ingest { store, folder, data, key, .. } = &self.ingest;
+        if let Some(remote) = &store.remote {
+            return remote.put(key, &self.digest, self.size, data);
+        }
         let path = store.blob_path(&self.digest);
         let failed = |error: io::Error| Error::io("put a blob into the store at", &path, &error);
         let existing = store.blob_size(&self.digest)?;
         if existing == Some(self.size) {
             // Another writer's, who may not have come to sync its name yet.
-            return store.sync_name(&self.digest);
+            return Ok(());
         }
         let parent = path.parent().unwrap_or(&path);
         make_folder(parent)?;
@@ -413,7 +590,8 @@ impl Finished {
                 .and_then(|()| std::fs::rename(&new, &path))
                 .map_err(failed)?;
         }
-        store.sync_name(&self.digest)
+        sys::failpoint!("content.blob.linked");
+        Ok(())
     }
 }
 
@@ -433,6 +611,21 @@ fn open_data(folder: &Path, anew: bool) -> io::Result<File> {
         std::fs::rename(&copy, &path)?;
     }
     OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
+}
+
+fn read_piece(mut file: File, length: u64) -> Result<(File, Bytes)> {
+    let mut piece = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
+    (&mut file)
+        .take(length)
+        .read_to_end(&mut piece)
+        .map_err(|error| Error::unknown(format!("read a blob: {error}")))?;
+    if piece.len() as u64 == length {
+        Ok((file, piece.into()))
+    } else {
+        Err(Error::data_loss(
+            "a blob's file is shorter than its record says; delete the blob and fetch it again",
+        ))
+    }
 }
 
 /// Hashes the rest of a file; its length.

@@ -66,7 +66,7 @@ impl Bench {
         let mut bytes = Vec::new();
         for (offset, piece) in pieces.try_collect::<Vec<_>>().await? {
             assert_eq!(offset, at);
-            assert!(!piece.is_empty() && piece.len() as u64 <= PIECE);
+            assert!(!piece.is_empty() && piece.len() as u64 <= super::store::PIECE);
             at += piece.len() as u64;
             bytes.extend_from_slice(&piece);
         }

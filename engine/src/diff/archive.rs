@@ -18,6 +18,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tar::{EntryType, Header};
 
 const BLOCK: u64 = 512;
+/// Where a header has mode, owner, group, size and time. Writers leave out what they do not know, and other readers take it
+/// for 0.
+const NUMBERS: [std::ops::Range<usize>; 5] = [100..108, 108..116, 116..124, 124..136, 136..148];
 /// The most bytes of one extension, and of one sparse map.
 const EXTENSION_BYTES: u64 = 1 << 20;
 /// The most extensions before one header.
@@ -288,6 +291,11 @@ impl<R: BufRead> Archive<R> {
         if sum - field + 8 * u32::from(b' ') != written {
             return Err(ArchiveError::Malformed { what: "wrong checksum of a tar header".into(), at: start });
         }
+        for field in NUMBERS {
+            if block[field.clone()].iter().all(|byte| matches!(byte, 0 | b' ')) {
+                block[field.start] = b'0';
+            }
+        }
         Ok(Some(block))
     }
 
@@ -411,6 +419,28 @@ impl<R: BufRead> Archive<R> {
             }
         }
         Ok(true)
+    }
+}
+
+impl<R: BufRead> Archive<R> {
+    /// The next bytes of the last member's data, which [`Archive::take_peeked`] then takes; empty at their end.
+    pub fn peek(&mut self) -> io::Result<&[u8]> {
+        if self.left == 0 {
+            return Ok(&[]);
+        }
+        let at = self.at;
+        let bytes = self.input.fill_buf()?;
+        if bytes.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, ArchiveError::Truncated(at)));
+        }
+        Ok(&bytes[..usize::try_from(self.left).map_or(bytes.len(), |left| left.min(bytes.len()))])
+    }
+
+    /// Takes so many of the bytes that [`Archive::peek`] gave.
+    pub fn take_peeked(&mut self, count: usize) {
+        self.input.consume(count);
+        self.at += count as u64;
+        self.left -= count as u64;
     }
 }
 
@@ -561,6 +591,19 @@ mod tests {
         bytes.extend_from_slice(data);
         bytes.resize(bytes.len().next_multiple_of(512), 0);
         bytes
+    }
+
+    #[test]
+    fn what_a_writer_left_out_is_zero() {
+        let mut header = header(EntryType::Regular, 0);
+        for field in NUMBERS {
+            header.as_mut_bytes()[field].fill(0);
+        }
+        header.set_cksum();
+        let mut archive = Archive::new(&header.as_bytes()[..]);
+        let member = archive.next().unwrap().unwrap();
+        assert_eq!((member.mode, member.uid, member.gid, member.size), (0, 0, 0, 0));
+        assert_eq!(member.modified, UNIX_EPOCH);
     }
 
     fn pax(records: &[(&str, &[u8])]) -> Vec<u8> {

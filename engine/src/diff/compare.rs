@@ -65,7 +65,11 @@ enum Compression {
 impl Diff {
     /// Makes a layer of what `right` changed against `left`; its descriptor. The blob is in the caller's namespace, held by
     /// the caller's lease, and says its diff id in a label.
-    pub async fn compare(&self, context: &RequestContext, mut wanted: Comparison) -> Result<Descriptor> {
+    pub(super) async fn compare_here(
+        &self,
+        context: &RequestContext,
+        mut wanted: Comparison,
+    ) -> Result<Descriptor> {
         context.namespace()?;
         labels::validate_all(&wanted.labels)?;
         if wanted.media_type.is_empty() {

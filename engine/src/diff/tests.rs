@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, symlink};
 use std::process::Command;
 
 use super::*;
+use proptest::prelude::*;
 use tar::{EntryType, Header};
 
 /// Builds layers byte by byte, hostile names and all.
@@ -95,7 +96,7 @@ impl Bench {
     }
 
     fn apply(&self, mounts: &[Mount], layer: &[u8]) -> Result<Applied> {
-        apply(layer, media_type::OCI_LAYER, mounts, &self.path("mounts"), false)
+        apply(Cursor::new(layer.to_vec()), media_type::OCI_LAYER, None, mounts, &self.path("mounts"), false)
     }
 
     /// Applies onto an overlay and onto a plain folder with the same lower content.
@@ -208,6 +209,82 @@ fn nothing_outside_is_touched() {
     }
 }
 
+/// Somebody who can write to the folder makes a symlink of what the layer took for a folder, again and again.
+#[test]
+fn a_folder_that_becomes_a_symlink_meanwhile_leads_nowhere() {
+    let bench = Bench::new();
+    let outside = bench.path("outside");
+    std::fs::set_permissions(&outside, std::os::unix::fs::PermissionsExt::from_mode(0o750)).unwrap();
+    let before = std::fs::metadata(&outside).unwrap();
+    let mut layer = Layer::default().dir("a");
+    for at in 0..40 {
+        layer =
+            layer.file(&format!("a/f{at}"), "x").dir(&format!("a/d{at}/e")).file("a/.wh.secret", "").dir("a");
+        layer = layer.hard(&format!("h{at}"), "a/secret/../f0").link(&format!("a/l{at}"), "secret");
+    }
+    let layer = layer.end();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    for (folder, mounts) in [("plain", bench.plain()), ("upper", bench.overlay())] {
+        done.store(false, std::sync::atomic::Ordering::Relaxed);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (a, aside) = (bench.path(folder).join("a"), bench.path(folder).join("aside"));
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    if std::fs::rename(&a, &aside).is_ok() {
+                        let _ = symlink(&outside, &a);
+                        let _ = std::fs::remove_file(&a);
+                        let _ = std::fs::rename(&aside, &a);
+                        let _ = std::fs::remove_dir_all(&aside);
+                    }
+                }
+            });
+            for _ in 0..3 {
+                // Whether it succeeds is chance.
+                let _ = bench.apply(&mounts, &layer);
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+    }
+    bench.untouched();
+    let after = std::fs::metadata(&outside).unwrap();
+    let facts = |of: &std::fs::Metadata| {
+        (of.mode(), of.uid(), of.gid(), of.mtime(), of.mtime_nsec(), of.ctime_nsec())
+    };
+    assert_eq!(facts(&after), facts(&before));
+}
+
+#[test]
+fn a_bomb_ends_where_its_limit_is() {
+    let bench = Bench::new();
+    let zeros = vec![0; 64 << 20];
+    let gzip = {
+        use std::io::Write as _;
+        let mut to = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        to.write_all(&zeros).unwrap();
+        to.finish().unwrap()
+    };
+    for bomb in [gzip, zstd::stream::encode_all(&zeros[..], 1).unwrap()] {
+        assert!(bomb.len() < 1 << 20);
+        let mut target = Target::plain(open_folder(&bench.path("plain")).unwrap());
+        let error = unpack_to(&mut target, Cursor::new(bomb), media_type::OCI_LAYER, 1 << 20).unwrap_err();
+        assert!(error.to_string().contains("too much for its size"), "{error}");
+        assert!(matches!(error, Error::InvalidArgument(_)));
+    }
+    assert!(most(1 << 20) < 5 << 30, "a layer of a mebibyte may have some gibibytes, and not a disk");
+    // A sparse file of a tebibyte takes no room.
+    let mut header = Header::new_gnu();
+    header.set_entry_type(EntryType::GNUSparse);
+    header.set_size(0);
+    header.set_mode(0o644);
+    header.as_mut_bytes()[..6].copy_from_slice(b"sparse");
+    header.as_gnu_mut().unwrap().set_real_size(1 << 40);
+    header.set_cksum();
+    let layer = [header.as_bytes(), &[0; 1024][..]].concat();
+    bench.apply(&bench.plain(), &layer).unwrap();
+    let made = std::fs::metadata(bench.path("plain/sparse")).unwrap();
+    assert_eq!((made.len(), made.blocks()), (1 << 40, 0));
+}
+
 #[test]
 fn malformed_layers_are_the_clients_fault() {
     let cases = [
@@ -241,7 +318,9 @@ fn malformed_layers_are_the_clients_fault() {
 fn other_mistakes_have_their_classes() {
     let bench = Bench::new();
     let layer = Layer::default().file("f", "x").end();
-    let error = apply(&layer[..], "text/html", &bench.plain(), &bench.path("mounts"), false).unwrap_err();
+    let error =
+        apply(Cursor::new(layer.clone()), "text/html", None, &bench.plain(), &bench.path("mounts"), false)
+            .unwrap_err();
     assert!(matches!(error, Error::Unimplemented(_)), "{error:?}");
     assert!(matches!(bench.apply(&[], &layer).unwrap_err(), Error::InvalidArgument(_)));
     let mut read_only = bench.plain();
@@ -433,9 +512,15 @@ fn real_archives_unpack_as_tar_does() {
             assert!(status.success());
             // Compressed is said for all: the first bytes decide.
             let file = std::fs::File::open(&archive).unwrap();
-            let applied =
-                apply(file, media_type::DOCKER_LAYER_GZIP, &target.overlay(), &target.path("mounts"), true)
-                    .unwrap();
+            let applied = apply(
+                file,
+                media_type::DOCKER_LAYER_GZIP,
+                None,
+                &target.overlay(),
+                &target.path("mounts"),
+                true,
+            )
+            .unwrap();
             let case = format!("{format} {compression} sparse {sparse}");
             assert_eq!(tree(&target.path("upper")), tree(&unpacked), "{case}");
             let plain = Command::new("sh")
@@ -551,8 +636,9 @@ async fn a_made_layer_makes_the_tree_again() {
         let info = store.diff.content.info(&store.context, &made.digest.parse().unwrap()).unwrap();
         let target = tempfile::tempdir().unwrap();
         copy(&bench.path("lower"), target.path());
-        let applied =
-            store.diff.apply(&store.context, made.clone(), bind(target.path()), false).await.unwrap();
+        let layer =
+            super::Layer { descriptor: made.clone(), mounts: bind(target.path()), ..Default::default() };
+        let applied = store.diff.apply(&store.context, layer).await.unwrap();
         match media_type {
             media_type::OCI_LAYER => assert_eq!(applied.digest, made.digest),
             _ => assert_eq!(info.labels["containerd.io/uncompressed"], applied.digest),
@@ -605,4 +691,122 @@ async fn comparisons_that_cannot_be() {
     assert_eq!(empty, again);
     let left = store.diff.content.list_statuses(&store.context, &[]).await.unwrap();
     assert!(left.is_empty(), "no ingest stays: {left:?}");
+}
+
+/// One member of a random layer.
+#[derive(Debug, Clone)]
+enum Step {
+    File(String, u8),
+    Folder(String, u32),
+    Link(String, String),
+    Gone(String),
+    Opaque(String),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let path = || "[ab](/[ab]){0,3}";
+    let step = prop_oneof![
+        3 => (path(), any::<u8>()).prop_map(|(path, data)| Step::File(format!("{path}/f"), data)),
+        1 => (path(), any::<u8>()).prop_map(|(path, data)| Step::File(path, data)),
+        3 => (path(), prop_oneof![Just(0o700), Just(0o2755), Just(0o711)]).prop_map(|(path, mode)| Step::Folder(path, mode)),
+        1 => (path(), path()).prop_map(|(path, to)| Step::Link(path, format!("/{to}"))),
+        2 => path().prop_map(Step::Gone),
+        1 => prop_oneof![Just(String::new()), path().prop_map(String::from)].prop_map(Step::Opaque),
+    ];
+    prop::collection::vec(step, 0..8)
+}
+
+fn layer_of(steps: &[Step]) -> Vec<u8> {
+    let beside = |path: &str, prefix: &str| match path.rsplit_once('/') {
+        Some((folder, name)) => format!("{folder}/{prefix}{name}"),
+        None => format!("{prefix}{path}"),
+    };
+    let mut layer = Layer::default();
+    for step in steps {
+        layer = match step {
+            Step::File(path, data) => layer.file(path, &format!("{data}")),
+            Step::Link(path, to) => layer.link(path, to),
+            Step::Gone(path) => layer.file(&beside(path, ".wh."), ""),
+            Step::Opaque(path) if path.is_empty() => layer.file(".wh..wh..opq", ""),
+            Step::Opaque(path) => layer.file(&format!("{path}/.wh..wh..opq"), ""),
+            Step::Folder(path, mode) => {
+                let at = layer.0.len();
+                let mut layer = layer.dir(path);
+                let mut header = Header::new_gnu();
+                header.as_mut_bytes().copy_from_slice(&layer.0[at..at + 512]);
+                header.set_mode(*mode);
+                header.set_uid(7);
+                header.set_cksum();
+                layer.0[at..at + 512].copy_from_slice(header.as_bytes());
+                layer
+            }
+        };
+    }
+    layer.end()
+}
+
+/// Everything of an upper folder that its layer decides, overlayfs's own marks as well.
+fn upper(path: &Path) -> BTreeMap<String, String> {
+    let mut seen = tree(path);
+    for (name, shown) in &mut seen {
+        let place = Root::open(path).unwrap().place(name.trim_start_matches('/').as_bytes()).unwrap();
+        let opaque = place.and_then(|place| place.xattr(OsStr::new("trusted.overlay.opaque")).unwrap());
+        // A folder that no layer lists has the time at which it was made.
+        let time = |word: &str| match word.split_once('.') {
+            Some((seconds, _)) if seconds.parse() != Ok(1_000_000_000) => "now".to_owned(),
+            _ => word.to_owned(),
+        };
+        let words: Vec<_> = shown.split(' ').map(time).collect();
+        *shown = format!("{} {opaque:?}", words.join(" "));
+    }
+    seen
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(debug_assertions) { 200 } else { 2000 }))]
+    /// A stack whose layers are unpacked without knowing each other, and settled after, is the stack unpacked in order.
+    #[test]
+    fn layers_unpacked_side_by_side_are_as_in_order(stack in prop::collection::vec(steps(), 1..5)) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: String| {
+            let path = dir.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            path
+        };
+        let temporary = path("mounts".into());
+        let (mut ordered, mut apart): (Vec<PathBuf>, Vec<PathBuf>) = Default::default();
+        for (at, steps) in stack.iter().enumerate() {
+            let layer = layer_of(steps);
+            let (own, alone) = (path(format!("ordered{at}")), path(format!("apart{at}")));
+            let lower: Vec<_> = ordered.iter().map(|path| path.to_str().unwrap()).collect();
+            let mount = match lower.is_empty() {
+                true => Mount {
+                    kind: "bind".into(),
+                    source: own.display().to_string(),
+                    target: String::new(),
+                    options: vec!["rbind".into(), "rw".into()],
+                },
+                false => Mount {
+                    kind: "overlay".into(),
+                    source: "overlay".into(),
+                    target: String::new(),
+                    options: vec![
+                        format!("workdir={}", path(format!("work{at}")).display()),
+                        format!("upperdir={}", own.display()),
+                        format!("lowerdir={}", lower.join(":")),
+                    ],
+                },
+            };
+            let one = apply(Cursor::new(layer.clone()), media_type::OCI_LAYER, None, &[mount], &temporary, false);
+            let size = layer.len() as u64;
+            let two = apply_alone(Cursor::new(layer), media_type::OCI_LAYER, size, &alone, at == 0);
+            let two = two.and_then(|(two, unsettled)| settle(&alone, &apart, unsettled).map(|()| two));
+            prop_assert_eq!(one.is_ok(), two.is_ok(), "{:?} {:?}", one, two);
+            let (Ok(one), Ok(two)) = (one, two) else { return Ok(()) };
+            prop_assert_eq!(one, two);
+            prop_assert_eq!(upper(&own), upper(&alone), "layer {}", at);
+            ordered.insert(0, own);
+            apart.insert(0, alone);
+        }
+    }
 }

@@ -14,12 +14,13 @@
 //! replaces what has its name; only a folder onto a folder merges. The attributes that steer overlayfs (`trusted.*`)
 //! never come from a layer.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, BufRead, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FileType, Stat};
@@ -28,10 +29,10 @@ use sys::beneath::{Place, Root, Special, components};
 use super::archive::{Archive, ArchiveError, Kind, Member};
 use crate::error::{Error, Result};
 
-const WHITEOUT: &[u8] = b".wh.";
-const AUFS: &[u8] = b".wh..wh.";
-const OPAQUE: &[u8] = b".wh..wh..opq";
-const OVERLAY_OPAQUE: &str = "trusted.overlay.opaque";
+pub(crate) const WHITEOUT: &[u8] = b".wh.";
+pub(crate) const AUFS: &[u8] = b".wh..wh.";
+pub(crate) const OPAQUE: &[u8] = b".wh..wh..opq";
+pub(crate) const OVERLAY_OPAQUE: &str = "trusted.overlay.opaque";
 /// How deep a tree may be in which an opaque folder removes what is stale.
 const DEPTH: usize = 512;
 
@@ -40,13 +41,34 @@ pub(super) struct Target {
     root: Root,
     /// Whether the root is an overlay's upper folder: then whiteouts are overlayfs's own marks.
     overlay: bool,
-    /// The overlay's lower folders, the nearest first.
-    lower: Vec<Root>,
+    /// What of an overlay's upper folder depends on the lower ones.
+    unsettled: Unsettled,
+    /// Folders that were there already when the layer listed them, by inode.
+    listed: HashSet<u64>,
+    /// Whether there is nothing beneath, so that whiteouts hide nothing.
+    base: bool,
+    /// Whether a folder of this layer may give what is made in it a group or an access list.
+    inherits: bool,
     /// What this layer brought, by device and inode; kept for plain folders, where stale and new lie side by side.
     unpacked: HashSet<(u64, u64)>,
     /// Folders and their times, which are set last: making files in a folder changes them.
     folders: Vec<(Vec<u8>, SystemTime, SystemTime)>,
-    buffer: Vec<u8>,
+}
+
+/// What of an unpacked layer depends on the layers beneath it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Unsettled {
+    /// Whether the layer hides all of them.
+    opaque: bool,
+    /// Folders that the layer needs and does not list: their paths and inodes.
+    folders: BTreeMap<Vec<u8>, u64>,
+}
+
+impl Unsettled {
+    /// Whether nothing does.
+    pub fn is_empty(&self) -> bool {
+        !self.opaque && self.folders.is_empty()
+    }
 }
 
 impl Target {
@@ -55,17 +77,72 @@ impl Target {
         Target {
             root,
             overlay: false,
-            lower: Vec::new(),
+            unsettled: Unsettled::default(),
+            listed: HashSet::new(),
+            base: false,
+            inherits: true,
             unpacked: HashSet::new(),
             folders: Vec::new(),
-            buffer: vec![0; 128 * 1024],
         }
     }
 
-    /// An overlay's upper folder; the lower ones, the nearest first, lend their attributes to folders that the layer
-    /// needs and does not list.
-    pub(super) fn overlay(root: Root, lower: Vec<Root>) -> Self {
-        Target { overlay: true, lower, ..Target::plain(root) }
+    /// An overlay's upper folder.
+    pub(super) fn overlay(root: Root) -> Self {
+        Target { overlay: true, ..Target::plain(root) }
+    }
+
+    /// An overlay's upper folder as it is made: with nothing in it, and nothing to inherit.
+    /// A `base` has nothing beneath it to be hidden.
+    pub(super) fn fresh(root: Root, base: bool) -> Self {
+        Target { inherits: false, base, ..Target::overlay(root) }
+    }
+
+    /// An overlay's upper folder that was unpacked to before, to be settled.
+    pub(super) fn again(root: Root, unsettled: Unsettled) -> Self {
+        Target { unsettled, ..Target::overlay(root) }
+    }
+
+    /// What is left to [`Target::settle`].
+    pub(super) fn unsettled(self) -> Unsettled {
+        let Unsettled { opaque, mut folders } = self.unsettled;
+        folders.retain(|_, inode| !self.listed.contains(inode));
+        Unsettled { opaque, folders }
+    }
+
+    /// Does what depends on an overlay's lower folders, the nearest first: they lend their attributes to folders that the
+    /// layer needs and does not list, and an opaque top hides each of their names.
+    pub(super) fn settle(&mut self, mut lower: Vec<Root>) -> Result<()> {
+        let Unsettled { opaque, mut folders } = std::mem::take(&mut self.unsettled);
+        folders.retain(|_, inode| !self.listed.contains(inode));
+        for (path, inode) in folders {
+            let mut set = |root: &mut Root| -> io::Result<()> {
+                let Some(place) = root.place(&path)? else { return Ok(()) };
+                // It is not the one any more when a later member took its place.
+                if !place.stat()?.is_some_and(|stat| is(&stat, FileType::Directory) && stat.st_ino == inode) {
+                    return Ok(());
+                }
+                match copy_attributes(&mut lower, &path, &place)? {
+                    Some(stat) => place.set_times(
+                        time(stat.st_atime, stat.st_atime_nsec),
+                        time(stat.st_mtime, stat.st_mtime_nsec),
+                    ),
+                    None => Ok(()),
+                }
+            };
+            match set(&mut self.root) {
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+                done => done.map_err(|error| member_error(&path, "set attributes of", &error))?,
+            }
+        }
+        if opaque {
+            // Overlayfs merges its top folder whatever is set on it: hide each name.
+            let hidden = lower.iter().try_for_each(|lower| {
+                lower.names()?.into_iter().try_for_each(|name| self.hide(&self.root.child(&name)?, 0, 0))
+            });
+            hidden.map_err(|error| member_error(b"/", "make opaque", &error))?;
+        }
+        Ok(())
     }
 
     /// Unpacks all members. What was unpacked before an error stays: the caller throws the snapshot away.
@@ -132,6 +209,13 @@ impl Target {
         let Some(place) = self.place(&member.path).map_err(failed("make the folder of"))? else {
             return Ok(());
         };
+        // In an overlay's upper folder hardly anything is there before.
+        if self.overlay
+            && member.kind == Kind::File
+            && let Some(file) = place.try_make_file(new_mode(member)).map_err(failed("make the file"))?
+        {
+            return self.fill(archive, member, &place, file, !self.inherits);
+        }
         self.make(archive, member, &place)?;
         if !self.overlay
             && let Some(stat) = place.stat().map_err(failed("look at"))?
@@ -160,7 +244,13 @@ impl Target {
                 .as_ref()
                 .is_some_and(|(_, stat)| (stat.st_dev, stat.st_ino) == (existing.st_dev, existing.st_ino));
             keep = merge || same;
+            if merge {
+                self.listed.insert(existing.st_ino);
+            }
             if !keep {
+                if is(existing, FileType::Directory) {
+                    self.unsettled.forget(&member.path);
+                }
                 self.root.remove(place).map_err(failed("replace"))?;
             }
         }
@@ -191,13 +281,29 @@ impl Target {
         // In this order: a new owner takes set-id bits and capabilities away.
         place.set_owner(member.uid, member.gid).map_err(failed("set the owner of"))?;
         set_xattrs(place, member)?;
+        self.inherits |= member.kind == Kind::Folder
+            && (member.mode & 0o2000 != 0
+                || member.xattrs.iter().any(|(name, _)| name.starts_with(b"system.posix_acl")));
         place.set_mode(member.mode).map_err(failed("set the mode of"))?;
         place.set_times(member.accessed, member.modified).map_err(failed("set times of"))
     }
 
     fn file<R: BufRead>(&mut self, archive: &mut Archive<R>, member: &Member, place: &Place) -> Result<()> {
         let failed = |what: &'static str| move |error: io::Error| member_error(&member.path, what, &error);
-        let mut file = place.make_file().map_err(failed("make the file"))?;
+        let file = place.make_file().map_err(failed("make the file"))?;
+        self.fill(archive, member, place, file, false)
+    }
+
+    /// Writes a new file's data and attributes; `plain` says that it has the owner and mode it was made with.
+    fn fill<R: BufRead>(
+        &self,
+        archive: &mut Archive<R>,
+        member: &Member,
+        place: &Place,
+        mut file: File,
+        plain: bool,
+    ) -> Result<()> {
+        let failed = |what: &'static str| move |error: io::Error| member_error(&member.path, what, &error);
         match &member.holes {
             None => self.copy(archive, &mut file, member.size, member)?,
             Some(holes) => {
@@ -208,33 +314,39 @@ impl Target {
                 file.set_len(member.size).map_err(failed("write"))?;
             }
         }
-        std::os::unix::fs::fchown(&file, Some(member.uid), Some(member.gid))
-            .map_err(failed("set the owner of"))?;
+        let ours = (member.uid, member.gid) == owner();
+        if !(plain && ours) {
+            std::os::unix::fs::fchown(&file, Some(member.uid), Some(member.gid))
+                .map_err(failed("set the owner of"))?;
+        }
         set_xattrs(place, member)?;
         let times = std::fs::FileTimes::new().set_accessed(member.accessed).set_modified(member.modified);
-        file.set_permissions(std::fs::Permissions::from_mode(member.mode))
-            .map_err(failed("set the mode of"))?;
+        if !(plain && ours && member.xattrs.is_empty() && new_mode(member) == member.mode) {
+            file.set_permissions(std::fs::Permissions::from_mode(member.mode))
+                .map_err(failed("set the mode of"))?;
+        }
         file.set_times(times).map_err(failed("set times of"))
     }
 
     fn copy<R: BufRead>(
-        &mut self,
+        &self,
         archive: &mut Archive<R>,
         file: &mut File,
         mut left: u64,
         member: &Member,
     ) -> Result<()> {
         while left > 0 {
-            let want = usize::try_from(left).map_or(self.buffer.len(), |left| left.min(self.buffer.len()));
-            let count = archive.read(&mut self.buffer[..want]).map_err(|error| read_error(&error))?;
-            if count == 0 {
+            let bytes = archive.peek().map_err(|error| read_error(&error))?;
+            let bytes = &bytes[..usize::try_from(left).map_or(bytes.len(), |left| left.min(bytes.len()))];
+            if bytes.is_empty() {
                 return Err(Error::invalid_argument(format!(
                     "layer member {}: its data ends early",
                     show(&member.path)
                 )));
             }
-            file.write_all(&self.buffer[..count])
-                .map_err(|error| member_error(&member.path, "write", &error))?;
+            file.write_all(bytes).map_err(|error| member_error(&member.path, "write", &error))?;
+            let count = bytes.len();
+            archive.take_peeked(count);
             left -= count as u64;
         }
         Ok(())
@@ -260,16 +372,18 @@ impl Target {
 
     /// The place of a path, whose folders are made as lower layers have them where the layer does not list them.
     fn place(&mut self, path: &[u8]) -> io::Result<Option<Place>> {
-        let Target { root, overlay, lower, unpacked, folders, .. } = self;
+        let Target { root, overlay, unsettled, listed, unpacked, .. } = self;
         root.place_making(path, &mut |path, made| {
-            if let Some(stat) = copy_attributes(lower, path, made)? {
-                folders.push((
-                    path.to_vec(),
-                    time(stat.st_atime, stat.st_atime_nsec),
-                    time(stat.st_mtime, stat.st_mtime_nsec),
-                ));
+            // A symlink's target may say so where no member's name does; what it makes would be a whiteout in a diff.
+            if path.rsplit(|byte| *byte == b'/').next().is_some_and(|name| name.starts_with(WHITEOUT)) {
+                let error = format!("{}: a folder's name must not begin with .wh.", show(path));
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, error));
             }
-            if !*overlay && let Some(stat) = made.stat()? {
+            let Some(stat) = made.stat()? else { return Ok(()) };
+            if *overlay {
+                listed.remove(&stat.st_ino);
+                unsettled.folders.insert(path.to_vec(), stat.st_ino);
+            } else {
                 unpacked.insert((stat.st_dev, stat.st_ino));
             }
             Ok(())
@@ -277,12 +391,13 @@ impl Target {
     }
 
     fn whiteout(&mut self, path: &[u8], member: &Member) -> io::Result<()> {
-        if self.overlay {
+        if self.overlay && !self.base {
             let Some(place) = self.place(path)? else { return Ok(()) };
             return self.hide(&place, member.uid, member.gid);
         }
         // There is no need to make folders only to remove something from them.
         match self.root.place(path) {
+            Ok(Some(_)) if self.base => Ok(()),
             Ok(Some(place)) => self.remove_stale(&place, 0),
             Ok(None) => Ok(()),
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
@@ -307,17 +422,15 @@ impl Target {
     fn opaque(&mut self, folder: &[u8]) -> io::Result<()> {
         // A name in it makes the folder itself come to be, and resolves the symlink it may be.
         let Some(inside) = self.place(&[folder, b"/x"].concat())? else { return Ok(()) };
+        if self.base {
+            return Ok(());
+        }
         if !self.overlay {
             for name in inside.names_beside()? {
                 self.remove_stale(&inside.sibling(&name)?, 0)?;
             }
         } else if folder.is_empty() {
-            // Overlayfs merges its top folder whatever is set on it: hide each name.
-            for lower in &self.lower {
-                for name in lower.names()? {
-                    self.hide(&self.root.child(&name)?, 0, 0)?;
-                }
-            }
+            self.unsettled.opaque = true;
         } else {
             inside.set_folder_xattr(OVERLAY_OPAQUE, b"y")?;
         }
@@ -345,13 +458,51 @@ impl Target {
     }
 }
 
+impl Unsettled {
+    /// The folder of this path, and those in it, are removed.
+    fn forget(&mut self, path: &[u8]) {
+        let Ok(parts) = components(path) else { return };
+        let path = parts.join(&b'/');
+        let gone =
+            |known: &[u8]| known.strip_prefix(&path[..]).is_some_and(|rest| matches!(rest, [] | [b'/', ..]));
+        let known = self.folders.range(path.clone()..).map(|(known, _)| known);
+        let gone: Vec<_> =
+            known.take_while(|known| known.starts_with(&path)).filter(|known| gone(known)).cloned().collect();
+        for path in gone {
+            self.folders.remove(&path);
+        }
+    }
+}
+
+/// The mode that a new file of this member is made with: all of its mode where that is final.
+fn new_mode(member: &Member) -> u32 {
+    static MASK: OnceLock<u32> = OnceLock::new();
+    // Once: reading it with umask(2) would change it for other threads.
+    let mask = *MASK.get_or_init(|| {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let mask = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+        mask.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok()).unwrap_or(0o777)
+    });
+    // A new owner takes set-id bits away, so that they come last.
+    member.mode & 0o777 & !mask
+}
+
+/// Whom new files belong to.
+fn owner() -> (u32, u32) {
+    static OWNER: OnceLock<(u32, u32)> = OnceLock::new();
+    *OWNER.get_or_init(|| (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()))
+}
+
 /// Gives a folder the attributes it has in the nearest lower layer that has it; what that layer's folder is.
 fn copy_attributes(lower: &mut [Root], path: &[u8], made: &Place) -> io::Result<Option<Stat>> {
     for root in lower {
         let found = match root.place(path) {
             Ok(Some(place)) => place.stat()?.map(|stat| (place, stat)),
             Ok(None) => None,
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+                    || error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) =>
+            {
                 None
             }
             Err(error) => return Err(error),
@@ -449,7 +600,10 @@ fn member_error(path: &[u8], what: &str, error: &io::Error) -> Error {
 }
 
 /// A failure of the stream: its content's fault where the decoder says so, else the disk's.
-pub(super) fn read_error(error: &io::Error) -> Error {
+pub(crate) fn read_error(error: &io::Error) -> Error {
+    if let Some(error) = error.get_ref().and_then(|error| error.downcast_ref::<Error>()) {
+        return error.clone();
+    }
     let message = format!("read the layer: {error}");
     match error.kind() {
         io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput | io::ErrorKind::UnexpectedEof => {

@@ -1,15 +1,15 @@
 //! Marking: what of a namespace something holds, and so what of it goes. Pure: a graph in, removals out.
 //!
 //! ```text
-//!  container ---> snapshot ---> parent           lease ---> content, ingest, image, snapshot
+//!  container ---> snapshot ---> parent           lease ---> content, ingest, image, mount, snapshot
 //!  image -------> content (its target)           ingest --> content (that another namespace has)
-//!  gc.ref.*       of containers, content, images and snapshots: to content, images, snapshots
+//!  gc.ref.*       of containers, content, images, mounts and snapshots: to content, images, mounts, snapshots
 //!  gc.bref.*      of the same: the labelled one lives while the one that the label names does
 //!  gc.cond.*      of content and images: to a snapshot, while that was used lately (or not)
 //! ```
 //!
-//! Roots are containers, images and leases that have not expired, ingests whose time has not come, and content and
-//! snapshots with gc.root. What a flat lease holds is marked flat: a flat image holds its target, a flat snapshot its
+//! Roots are containers, images and leases that have not expired, ingests whose time has not come, and content,
+//! mounts and snapshots with gc.root. What a flat lease holds is marked flat: a flat image holds its target, a flat snapshot its
 //! parents, and labels count for nothing. Something may be reached both ways; then the full one counts.
 //!
 //! Labels are read as containerd reads them, its suffixes included, except that where it matches any text after a label's
@@ -42,6 +42,8 @@ pub(crate) enum Node {
     /// By ref.
     Ingest(String),
     Lease(String),
+    /// By name.
+    Mount(String),
     Sandbox(String),
     Snapshot {
         snapshotter: String,
@@ -62,6 +64,7 @@ impl Node {
             Node::Image(_) => "image",
             Node::Ingest(_) => "ingest",
             Node::Lease(_) => "lease",
+            Node::Mount(_) => "mount",
             Node::Sandbox(_) => "sandbox",
             Node::Snapshot { .. } => "snapshot",
         }
@@ -75,6 +78,7 @@ impl Node {
             | Node::Image(id)
             | Node::Ingest(id)
             | Node::Lease(id)
+            | Node::Mount(id)
             | Node::Sandbox(id) => id.clone(),
             Node::Snapshot { snapshotter, key } => format!("{snapshotter}/{key}"),
         }
@@ -208,6 +212,13 @@ impl Object {
         object
     }
 
+    /// A mount that the engine keeps; one that is being made stays.
+    pub(crate) fn mount(complete: bool, labels: &Labels) -> Self {
+        let mut object = Object { root: (!complete).then_some(Why::Root), ..Object::default() };
+        object.read(labels, true, false);
+        object
+    }
+
     /// A lease, with its resources.
     pub(crate) fn lease(resources: Vec<Node>, labels: &Labels, now: SystemTime) -> Self {
         let flat = labels.contains_key(FLAT);
@@ -286,7 +297,10 @@ fn reference(what: &str, value: &str) -> Option<Node> {
     if is_named(what, "content") {
         return Some(Node::Content(value.to_owned()));
     }
-    is_named(what, "image").then(|| Node::Image(value.to_owned()))
+    if is_named(what, "image") {
+        return Some(Node::Image(value.to_owned()));
+    }
+    is_named(what, "mount").then(|| Node::Mount(value.to_owned()))
 }
 
 fn back_reference(what: &str, value: &str) -> Option<Node> {
@@ -436,6 +450,7 @@ impl Graph {
             | Node::Image(id)
             | Node::Ingest(id)
             | Node::Lease(id)
+            | Node::Mount(id)
             | Node::Sandbox(id) => of.is_empty() && id == name,
             Node::Snapshot { snapshotter, key } => key == name && (of.is_empty() || snapshotter == of),
         });
@@ -466,6 +481,34 @@ impl Graph {
     /// What is there and not marked.
     pub(crate) fn unmarked(&self, marks: &Marks) -> Vec<Id> {
         (0..self.nodes.len()).filter(|id| self.objects[*id].is_some() && !marks.has(*id)).collect()
+    }
+
+    /// Whether the object is there.
+    fn is_there(&self, id: Id) -> bool {
+        self.objects[id].is_some()
+    }
+
+    /// What an object holds, by itself and by what it holds, itself included, as far as it is there.
+    pub(crate) fn reach(&self, node: &Node) -> Vec<&Node> {
+        let Some(id) = self.ids.get(node) else { return Vec::new() };
+        let mut marks = Marks(vec![Reach::None; self.nodes.len()]);
+        self.walk(&mut marks, vec![(*id, Why::Root)], &mut |_, _, _| {});
+        let reached = (0..self.nodes.len()).filter(|id| marks.has(*id) && self.is_there(*id));
+        reached.map(|id| self.node(id)).collect()
+    }
+
+    /// What nothing would hold if these were not there, without these themselves.
+    pub(crate) fn unheld_without(&mut self, nodes: &[Node]) -> Vec<Node> {
+        let mut taken = Vec::new();
+        for id in nodes.iter().filter_map(|node| self.ids.get(node).copied()) {
+            taken.push((id, self.objects[id].take(), std::mem::take(&mut self.links[id])));
+        }
+        let unheld = self.unmarked(&self.mark()).into_iter().map(|id| self.node(id).clone()).collect();
+        // Backwards, should one be named twice.
+        for (id, object, links) in taken.into_iter().rev() {
+            (self.objects[id], self.links[id]) = (object, links);
+        }
+        unheld
     }
 
     /// The shortest chain from a root to an object; None when nothing holds it.

@@ -17,6 +17,7 @@ use crate::error::Result;
 use crate::leases;
 use crate::metadata::content::{BlobRecord, IngestRecord};
 use crate::metadata::leases::LeaseResource;
+use crate::metadata::mounts::MountRecord;
 use crate::metadata::snapshots::SnapshotRecord;
 use crate::metadata::{Read, Record, Transaction};
 use crate::snapshots;
@@ -30,6 +31,8 @@ pub(super) struct Removed {
     pub(super) snapshots: Vec<(String, String, String)>,
     pub(super) images: Vec<String>,
     pub(super) leases: Vec<String>,
+    /// Names; what they mounted has no record any more.
+    pub(super) mounts: Vec<String>,
     /// Keys on disk.
     pub(super) ingests: Vec<IngestRecord>,
 }
@@ -43,7 +46,7 @@ pub(super) struct Marked {
 }
 
 /// All objects of a namespace.
-pub(super) fn graph(read: &impl Read, namespace: &str, now: SystemTime) -> Result<Graph> {
+pub(crate) fn graph(read: &impl Read, namespace: &str, now: SystemTime) -> Result<Graph> {
     let mut graph = Graph::new(now);
     let of = [namespace];
     for (parts, record) in read.list_all::<Container>(&of)? {
@@ -60,6 +63,9 @@ pub(super) fn graph(read: &impl Read, namespace: &str, now: SystemTime) -> Resul
     }
     for (parts, record) in read.list_all::<IngestRecord>(&of)? {
         graph.add(Node::Ingest(name(parts)), ingest(record, now));
+    }
+    for (parts, record) in read.list_all::<MountRecord>(&of)? {
+        graph.add(Node::Mount(name(parts)), Object::mount(record.complete, &record.labels));
     }
     for (mut parts, record) in read.list_all::<SnapshotRecord>(&of)? {
         let snapshotter = parts.remove(0);
@@ -108,6 +114,7 @@ fn resource(kind: &str, id: String) -> Option<Node> {
         leases::CONTENT => Some(Node::Content(id)),
         leases::INGESTS => Some(Node::Ingest(id)),
         leases::IMAGES => Some(Node::Image(id)),
+        leases::MOUNTS => Some(Node::Mount(id)),
         _ => kind.strip_prefix(leases::SNAPSHOTS).map(|snapshotter| Node::snapshot(snapshotter, id)),
     }
 }
@@ -150,6 +157,7 @@ impl Marked {
             snapshots: Vec::new(),
             images: Vec::new(),
             leases: Vec::new(),
+            mounts: Vec::new(),
             ingests: Vec::new(),
         };
         for id in self.unmarked.iter().filter(|id| !self.marks.has(**id)) {
@@ -178,6 +186,10 @@ impl Marked {
             (IngestRecord::TABLE, [_, reference]) => txn
                 .get::<IngestRecord>(parts)?
                 .map(|record| self.graph.add(Node::Ingest((*reference).into()), ingest(record, now))),
+            (MountRecord::TABLE, [_, name]) => txn.get::<MountRecord>(parts)?.map(|record| {
+                let object = Object::mount(record.complete, &record.labels);
+                self.graph.add(Node::Mount((*name).into()), object)
+            }),
             (SnapshotRecord::TABLE, [_, snapshotter, key]) => {
                 txn.get::<SnapshotRecord>(parts)?.map(|record| {
                     let object = Object::snapshot(snapshotter, record.parent, &record.labels);
@@ -227,6 +239,11 @@ impl Removed {
                 if txn.delete::<Lease>(&[namespace, id])? {
                     txn.delete_all::<LeaseResource>(&[namespace, id])?;
                     self.leases.push(id.clone());
+                }
+            }
+            Node::Mount(name) => {
+                if txn.delete::<MountRecord>(&[namespace, name])? {
+                    self.mounts.push(name.clone());
                 }
             }
             Node::Snapshot { snapshotter, key } => {

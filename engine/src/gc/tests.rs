@@ -70,6 +70,7 @@ fn object(node: &Node, thing: &Thing) -> Object {
                 .filter(|node| !matches!(node, Node::Container(_) | Node::Lease(_) | Node::Sandbox(_)));
             Object::lease(held.cloned().collect(), &thing.labels, *NOW)
         }
+        Node::Mount(_) => Object::mount(thing.one.is_some(), &thing.labels),
         Node::Snapshot { snapshotter, .. } => Object::snapshot(snapshotter, one("s"), &thing.labels),
     }
 }
@@ -90,7 +91,10 @@ fn held(world: &World) -> BTreeSet<(Node, bool)> {
             Node::Container(_) | Node::Sandbox(_) => true,
             Node::Image(_) | Node::Lease(_) => !expired(),
             Node::Ingest(_) => thing.expires.is_some_and(|hours| hours >= 0),
-            Node::Content(_) | Node::Snapshot { .. } => thing.labels.contains_key("containerd.io/gc.root"),
+            Node::Mount(_) if thing.one.is_none() => true,
+            Node::Content(_) | Node::Mount(_) | Node::Snapshot { .. } => {
+                thing.labels.contains_key("containerd.io/gc.root")
+            }
         };
         if root {
             held.insert((node.clone(), true));
@@ -113,13 +117,15 @@ fn held(world: &World) -> BTreeSet<(Node, bool)> {
 fn next(world: &World, node: &Node, full: bool) -> Vec<(Node, bool)> {
     static BACK: LazyLock<Regex> = LazyLock::new(|| {
         Regex::new(
-            r"^containerd\.io/gc\.bref\.(?:(content|image|container)(?:[./].*)?|snapshot\.([^/]*)(?:/.*)?)$",
+            r"^containerd\.io/gc\.bref\.(?:(content|image|mount|container)(?:[./].*)?|snapshot\.([^/]*)(?:/.*)?)$",
         )
         .unwrap()
     });
     static FORTH: LazyLock<Regex> = LazyLock::new(|| {
-        Regex::new(r"^containerd\.io/gc\.ref\.(?:(content|image)(?:[./].*)?|snapshot\.([^/]*)(?:/.*)?)$")
-            .unwrap()
+        Regex::new(
+            r"^containerd\.io/gc\.ref\.(?:(content|image|mount)(?:[./].*)?|snapshot\.([^/]*)(?:/.*)?)$",
+        )
+        .unwrap()
     });
     static CONDITION: LazyLock<Regex> =
         LazyLock::new(|| Regex::new(r"^containerd\.io/gc\.cond\.snapshot\.([^/]*)").unwrap());
@@ -127,6 +133,7 @@ fn next(world: &World, node: &Node, full: bool) -> Vec<(Node, bool)> {
     {
         Some("content") => Node::Content(value.to_owned()),
         Some("image") => Node::Image(value.to_owned()),
+        Some("mount") => Node::Mount(value.to_owned()),
         Some(_) => Node::Container(value.to_owned()),
         None => Node::snapshot(&captures[2], value),
     };
@@ -200,6 +207,7 @@ fn node() -> impl Strategy<Value = Node> {
         2 => (0..3_u8).prop_map(|number| Node::Image(format!("i{number}"))),
         1 => (0..2_u8).prop_map(|number| Node::Ingest(format!("g{number}"))),
         2 => (0..3_u8).prop_map(|number| Node::Lease(format!("l{number}"))),
+        2 => (0..3_u8).prop_map(|number| Node::Mount(format!("m{number}"))),
         5 => (0..5_u8, prop_oneof![Just("over.lay"), Just("native")])
             .prop_map(|(number, snapshotter)| Node::snapshot(snapshotter, format!("s{number}"))),
     ]
@@ -214,6 +222,7 @@ fn label() -> impl Strategy<Value = (String, String)> {
         1 => (Just("root".to_owned()), Just("x".to_owned())),
         3 => to(&["ref.content", "ref.content.config", "ref.content/1", "ref.contents", "bref.content", "bref.content.x"], "c"),
         2 => to(&["ref.image", "ref.image.x", "ref.imagine", "bref.image", "bref.image/x"], "i"),
+        1 => to(&["ref.mount", "ref.mount.x", "ref.mounts", "bref.mount"], "m"),
         1 => to(&["bref.container", "bref.container.x", "ref.container"], "k"),
         3 => to(
             &["ref.snapshot.over.lay", "ref.snapshot.over.lay/x", "ref.snapshot.native", "ref.snapshot.native.x",
@@ -429,8 +438,9 @@ impl Bench {
             let metadata = Metadata::open(&dir.path().join("metadata")).unwrap();
             let events = Exchange::default();
             let content = Content::open(&dir.path().join(FOLDER), metadata.clone(), events.clone()).unwrap();
-            let snapshots = Snapshots::open(dir.path(), metadata.clone(), events.clone()).unwrap();
-            Bench { dir, collector: Collector { metadata, events, content, snapshots } }
+            let snapshots = Snapshots::open(dir.path(), metadata.clone(), events.clone(), &[]).unwrap();
+            let mounts = Mounts::open(dir.path(), dir.path(), metadata.clone()).unwrap();
+            Bench { dir, collector: Collector { metadata, events, content, snapshots, mounts } }
         };
         // Opening blocks, which the tests' own threads must not.
         std::thread::spawn(open).join().unwrap()
@@ -469,7 +479,8 @@ impl Bench {
         let new =
             New { key: active.clone(), parent: parent.into(), labels: Labels::new(), kind: Kind::Active };
         self.collector.snapshots.create(context, "native", new).await.unwrap();
-        self.collector.snapshots.commit(context, "native", key.into(), active, Labels::new()).await.unwrap();
+        let layer = crate::snapshots::Layer { key: active, layer: key.into(), ..Default::default() };
+        self.collector.snapshots.commit(context, "native", layer).await.unwrap();
     }
 
     fn blobs(&self) -> usize {
@@ -558,7 +569,7 @@ async fn what_expires_goes_with_what_it_held() {
         .await;
     let collected = bench.collect().await;
     let expected =
-        Collected { content: 1, snapshots: 1, images: 1, leases: 1, ingests: 2, took: Duration::ZERO };
+        Collected { content: 1, snapshots: 1, images: 1, leases: 1, ingests: 2, ..Collected::default() };
     assert_eq!(collected, expected);
     assert_eq!((bench.count::<LeaseResource>(), bench.count::<IngestRecord>(), bench.blobs()), (0, 1, 0));
     let ingests = std::fs::read_dir(bench.dir.path().join(FOLDER).join("ingest")).unwrap();
@@ -649,9 +660,9 @@ async fn files_that_no_record_names_go_once() {
 #[tokio::test]
 async fn who_asks_gets_a_collection_that_began_later() {
     let bench = Bench::new();
-    let Collector { metadata, events, content, snapshots } = bench.collector.clone();
+    let Collector { metadata, events, content, snapshots, mounts } = bench.collector.clone();
     let settings = Settings { startup_delay: Duration::ZERO, ..Settings::default() };
-    let (gc, scheduler) = Gc::new(settings, metadata, events, content, snapshots);
+    let (gc, scheduler) = Gc::new(settings, metadata, events, content, snapshots, mounts);
     let running = tokio::spawn(scheduler.run());
     for number in 0..20_u8 {
         bench.blob(&bench.context(), &[number], &[]).await;

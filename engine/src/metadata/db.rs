@@ -1,20 +1,24 @@
 //! The database file: opening it after anything, and the one thread that writes it.
 //!
-//! Three things sled 0.34 does not do by itself: its flush leaves the data in the disk's cache (so each flush is
+//! Four things sled 0.34 does not do by itself: its flush leaves the data in the disk's cache (so each flush is
 //! followed by `sync_data` on its log); a kill while it writes a snapshot of its page table leaves a
-//! `snap.*.generating` file that it then trips over (so those go before it opens, under our lock); and after a
-//! failed write it stays failed (so it is closed and opened again, which drops what was never acknowledged).
+//! `snap.*.generating` file that it then trips over (so those go before it opens, under our lock); a flush
+//! may wait for ever for a write that failed (flush.rs); and after a failed write it stays failed (so it is closed and opened
+//! again, which drops what was never acknowledged).
 
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use shim_api::trace;
 use tokio::sync::{oneshot, watch};
 
-use super::{MIGRATIONS, Map, Mutations, SCHEMA_VERSION, Transaction, View};
+use super::flush::Flusher;
+use super::reserve::Reserve;
+use super::{MIGRATIONS, Map, Mutations, SCHEMA_VERSION, Transaction, View, Write};
 use crate::error::{Error, Result};
 
 /// Key of the schema's version; it sorts apart from every table, since those keys go on with a NUL.
@@ -28,6 +32,8 @@ const GROUP_MAX: usize = 256;
 const FORK_LIMIT: Duration = Duration::from_millis(500);
 /// How long sled may take to let go of a database that was dropped.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
+/// How long sled may take to close a database of which a write failed.
+const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Waits until sled's own lock on its file is free: its threads hold it for a moment after a database was dropped, and
 /// it does not wait itself. Nobody else has it, which our own lock says.
@@ -117,13 +123,16 @@ struct Verdict {
 impl Metadata {
     /// Opens, or makes, the database in the folder `dir`, and brings its schema up to date.
     pub fn open(dir: &Path) -> std::result::Result<Self, OpenError> {
-        let disk = Disk::open(dir)?;
+        let mut reserve = Reserve::of(dir);
+        let disk = open_with(dir, &mut reserve)?;
+        reserve.take();
         let published = Arc::new(ArcSwap::from_pointee(disk.load()?));
         let (queue, jobs) = mpsc::channel();
         let (counter, mutations) = watch::channel(Mutations::default());
         let writer = Writer {
             dir: dir.to_owned(),
             disk: Some(disk),
+            reserve,
             published: published.clone(),
             mutations: counter,
         };
@@ -154,7 +163,7 @@ impl Metadata {
         &self,
         change: impl FnOnce(&mut Transaction) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        self.submit(change).await.unwrap_or_else(|_| Err(writer_gone()))
+        trace::span("commit", self.submit(change)).await.unwrap_or_else(|_| Err(writer_gone()))
     }
 
     /// The same for a caller that is not on the reactor.
@@ -240,6 +249,7 @@ struct Writer {
     dir: PathBuf,
     /// None after a failed write, until it could be opened again.
     disk: Option<Disk>,
+    reserve: Reserve,
     published: Arc<ArcSwap<Map>>,
     mutations: watch::Sender<Mutations>,
 }
@@ -260,25 +270,24 @@ impl Writer {
     fn group(&mut self, first: Job, jobs: &Receiver<Job>) {
         let durable = Map::clone(&self.published.load());
         let mut map = durable.clone();
-        let mut batch = sled::Batch::default();
+        let mut writes: Vec<Write> = Vec::new();
         let mut answers = Vec::new();
         let mut wrote = false;
+        let may_add = self.reserve.take();
         let mut count = Mutations::default();
         let mut next = Some(first);
         while let Some(job) = next.take() {
             let mut transaction = Transaction::new(map.clone(), durable.clone());
             // A panic in a closure is that caller's defect (it sees its sender dropped), not the others' loss.
             match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(Ok(&mut transaction)))) {
+                Ok(verdict) if verdict.write && !may_add && transaction.only_adds() => {
+                    (verdict.answer)(Err(self.full()));
+                }
                 Ok(verdict) if verdict.write => {
                     wrote |= !transaction.writes.is_empty();
                     count.commits += u64::from(!transaction.writes.is_empty());
                     count.releases += u64::from(transaction.released);
-                    for (key, value) in transaction.writes {
-                        match value {
-                            Some(value) => batch.insert(&key[..], &value[..]),
-                            None => batch.remove(&key[..]),
-                        }
-                    }
+                    writes.extend(transaction.writes);
                     map = transaction.map;
                     answers.push(verdict.answer);
                 }
@@ -291,9 +300,10 @@ impl Writer {
                 next = jobs.try_recv().ok();
             }
         }
-        let durable = if wrote { self.write(batch) } else { Ok(()) };
+        let durable = if wrote { self.write(&writes) } else { Ok(()) };
         if durable.is_ok() && wrote {
             self.published.store(Arc::new(map));
+            sys::failpoint!("metadata.commit.published");
             self.mutations.send_modify(|all| {
                 all.commits += count.commits;
                 all.releases += count.releases;
@@ -304,21 +314,52 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, batch: sled::Batch) -> Result<()> {
+    fn write(&mut self, writes: &[Write]) -> Result<()> {
         let Some(disk) = &self.disk else { return Err(writer_gone()) };
-        disk.apply(batch).map_err(|error| {
-            let why = Error::io("write the metadata in", &self.dir, &error);
-            tracing::error!(error = %why, "a metadata commit failed; the database is opened anew");
-            self.disk = None;
-            why
-        })
+        let Err(error) = disk.apply(batch(writes)) else { return Ok(()) };
+        let why = Error::io("write the metadata in", &self.dir, &error);
+        tracing::error!(error = %why, "a metadata commit failed; the database is opened anew");
+        // First the space, since to close the database writes, too.
+        let released = self.reserve.release();
+        self.close();
+        if !released {
+            return Err(why);
+        }
+        // The same once more: whether it is there already or not, it is there then.
+        let disk = Disk::open(&self.dir).map_err(|error| Error::unavailable(error.to_string()))?;
+        disk.apply(batch(writes)).map_err(|error| Error::io("write the metadata in", &self.dir, &error))?;
+        self.disk = Some(disk);
+        Ok(())
+    }
+
+    /// Closes the database after a failed write. When the file of a large value cannot be written, sled keeps the place that it
+    /// had claimed for it in its log, and then waits for that place to be filled for as long as it is open, and when it is closed.
+    /// It cannot be told to let go, nor opened a second time; but an engine that is started anew finds all that was acknowledged.
+    fn close(&mut self) {
+        let Some(disk) = self.disk.take() else { return };
+        let (sender, closed) = mpsc::channel();
+        let closing = std::thread::Builder::new().name("metadata-close".into()).spawn(move || {
+            drop(disk);
+            let _ = sender.send(());
+        });
+        if closing.is_ok() && closed.recv_timeout(CLOSE_LIMIT) == Err(RecvTimeoutError::Timeout) {
+            let dir = self.dir.display();
+            tracing::error!(%dir, "the database cannot be closed after a failed write; the engine ends, to be started anew");
+            std::process::exit(1);
+        }
+    }
+
+    /// Why nothing is added.
+    fn full(&self) -> Error {
+        Error::io("add to the metadata in", &self.dir, &std::io::ErrorKind::StorageFull.into())
     }
 
     fn ensure_open(&mut self) -> Result<()> {
         if self.disk.is_some() {
             return Ok(());
         }
-        let disk = Disk::open(&self.dir).map_err(|error| Error::unavailable(error.to_string()))?;
+        let disk =
+            open_with(&self.dir, &mut self.reserve).map_err(|error| Error::unavailable(error.to_string()))?;
         // What is on disk is the truth: a batch whose sync failed may be there or not, but whole in either case.
         self.published.store(Arc::new(disk.load().map_err(|error| Error::unavailable(error.to_string()))?));
         self.disk = Some(disk);
@@ -326,8 +367,33 @@ impl Writer {
     }
 }
 
+fn batch(writes: &[Write]) -> sled::Batch {
+    let mut batch = sled::Batch::default();
+    for (key, value) in writes {
+        match value {
+            Some(value) => batch.insert(&key[..], &value[..]),
+            None => batch.remove(&key[..]),
+        }
+    }
+    batch
+}
+
+/// Opens the database, with what is kept for a full disk if that is what it takes.
+fn open_with(dir: &Path, reserve: &mut Reserve) -> std::result::Result<Disk, OpenError> {
+    match Disk::open(dir) {
+        // Another process's lock says nothing of the disk.
+        Err(error) if !matches!(error, OpenError::InUse(_)) && reserve.release() => {
+            tracing::warn!(%error, "the database is opened with the space that is kept for a full disk");
+            Disk::open(dir)
+        }
+        opened => opened,
+    }
+}
+
 /// sled, with what it lacks.
 pub(super) struct Disk {
+    // Declared first: it has the database open as well.
+    flusher: Flusher,
     db: sled::Db,
     log: File,
     dir: PathBuf,
@@ -379,9 +445,10 @@ impl Disk {
             .map_err(broken)?;
         let log_path = path.join("db");
         let log = File::open(&log_path).map_err(io("open", &log_path))?;
-        let disk = Disk { db, log, dir: dir.to_owned(), _lock: lock };
+        let flusher = Flusher::of(&db).map_err(io("start a thread for", &path))?;
+        let disk = Disk { flusher, db, log, dir: dir.to_owned(), _lock: lock };
         // Once, so that the names of new files survive a power cut: sled's folder, ours, and our name in the parent.
-        disk.db.flush().map_err(broken)?;
+        disk.flusher.flush(&disk.db).map_err(broken)?;
         disk.log.sync_all().map_err(io("sync", &log_path))?;
         for folder in [Some(path.as_path()), Some(dir), dir.parent()].into_iter().flatten() {
             File::open(folder).and_then(|folder| folder.sync_all()).map_err(io("sync the folder", folder))?;
@@ -404,9 +471,21 @@ impl Disk {
             sled::Error::Io(error) => error,
             other => std::io::Error::other(other.to_string()),
         };
+        sys::failpoint!("metadata.commit.begin");
         self.db.apply_batch(batch).map_err(to_io)?;
-        self.db.flush().map_err(to_io)?;
-        self.log.sync_data()
+        sys::failpoint!("metadata.commit.applied");
+        self.flusher.flush(&self.db).map_err(to_io)?;
+        sys::failpoint!("metadata.commit.flushed");
+        self.log.sync_data()?;
+        sys::failpoint!("metadata.commit.synced");
+        Ok(())
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // What sled flushes when it is closed, while there is somebody who wakes it. Nothing of it was acknowledged.
+        let _ = self.flusher.flush(&self.db);
     }
 }
 
@@ -425,6 +504,7 @@ mod tests {
         Writer {
             dir: dir.to_owned(),
             disk: None,
+            reserve: Reserve::of(dir),
             published: Arc::default(),
             mutations: watch::Sender::default(),
         }

@@ -5,7 +5,7 @@ use crate::error::Result;
 
 /// The number that was given out last.
 #[derive(Clone, PartialEq, prost::Message)]
-struct SequenceRecord {
+pub(super) struct SequenceRecord {
     #[prost(uint64, tag = "1")]
     last: u64,
 }

@@ -58,6 +58,9 @@ pub struct CommitRecord {
     /// The lease of the request; empty for none.
     #[prost(string, tag = "5")]
     pub lease: String,
+    /// The name of the parent that the layer gets with its commit; none where it keeps the one it was prepared over.
+    #[prost(string, optional, tag = "6")]
+    pub parent: Option<String>,
 }
 
 impl Record for CommitRecord {

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use snapshotter::{Error as InnerError, Snapshotter};
 
 use super::{convert, end_commit};
+use crate::content::sequence_of;
 use crate::error::{Error, Result};
 use crate::metadata::snapshots::{CommitRecord, SnapshotRecord};
 use crate::metadata::{Metadata, Read};
@@ -98,7 +99,10 @@ fn shown<'a>(records: impl IntoIterator<Item = &'a Vec<String>>) -> Vec<String> 
 
 /// Brings commits that the last run began to the end that the snapshotter came to.
 fn end_commits(metadata: &Metadata, name: &str, snapshotter: &dyn Snapshotter) -> Result<()> {
-    for (parts, intent) in metadata.view().list::<CommitRecord>(&[]) {
+    let mut begun = metadata.view().list::<CommitRecord>(&[]);
+    // As they were begun: of layers that were committed together, parents come first.
+    begun.sort_by_key(|(parts, _)| parts.last().and_then(|inner| sequence_of(inner)));
+    for (parts, intent) in begun {
         let Ok([namespace, of, inner]) = <[String; 3]>::try_from(parts) else { continue };
         if of != name {
             continue;

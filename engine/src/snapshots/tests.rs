@@ -4,6 +4,9 @@ use proto::containerd::services::leases::v1::Lease;
 
 use super::*;
 
+/// Those that can be had on every file system that the tests may run on.
+const NAMES: [&str; 2] = ["overlayfs", "native"];
+
 struct Bench {
     dir: tempfile::TempDir,
     metadata: Metadata,
@@ -21,7 +24,7 @@ impl Bench {
         let open = move || {
             let metadata = Metadata::open(&dir.path().join("metadata")).unwrap();
             let events = Exchange::default();
-            let snapshots = Snapshots::open(dir.path(), metadata.clone(), events.clone()).unwrap();
+            let snapshots = Snapshots::open(dir.path(), metadata.clone(), events.clone(), &[]).unwrap();
             Bench { dir, metadata, events, snapshots }
         };
         std::thread::spawn(open).join().unwrap()
@@ -47,7 +50,8 @@ impl Bench {
     }
 
     fn failed(&self) -> BTreeMap<String, String> {
-        self.snapshots.failed().map(|(name, why)| (name.to_owned(), why.to_owned())).collect()
+        let failed = self.snapshots.failed().filter(|(name, _)| NAMES.contains(name));
+        failed.map(|(name, why)| (name.to_owned(), why.to_owned())).collect()
     }
 
     async fn prepare(
@@ -70,7 +74,8 @@ impl Bench {
     }
 
     async fn commit(&self, context: &RequestContext, name: &str, layer: &str, key: &str) -> Result<()> {
-        self.snapshots.commit(context, name, layer.into(), key.into(), Labels::new()).await
+        let layer = Layer { key: key.into(), layer: layer.into(), ..Layer::default() };
+        self.snapshots.commit(context, name, layer).await
     }
 
     async fn remove(&self, context: &RequestContext, name: &str, key: &str) -> Result<()> {
@@ -136,7 +141,7 @@ fn class<T: std::fmt::Debug>(result: Result<T>) -> &'static str {
 async fn a_snapshots_life() {
     let bench = Bench::new();
     let a = context("a");
-    for name in snapshotter::NAMES {
+    for name in NAMES {
         let mut events = bench.events.subscribe(&[]).unwrap();
         bench.layer(&a, name, "one", "").await;
         bench.layer(&a, name, "two", "one").await;
@@ -179,15 +184,15 @@ async fn a_snapshots_life() {
         let (p, c, r) = ("/snapshot/prepare", "/snapshot/commit", "/snapshot/remove");
         assert_eq!(topics, [p, c, p, c, p, r, r, r, r]);
     }
-    let error = bench.prepare(&a, "btrfs", "x", "").await.unwrap_err();
+    let error = bench.prepare(&a, "zfs", "x", "").await.unwrap_err();
     assert!(matches!(&error, Error::InvalidArgument(text) if text.contains("overlayfs")), "{error}");
-    assert_eq!(class(bench.prepare(&a, snapshotter::NAMES[0], "", "").await), "invalid argument");
+    assert_eq!(class(bench.prepare(&a, NAMES[0], "", "").await), "invalid argument");
 }
 
 #[tokio::test]
 async fn namespaces_do_not_see_each_other() {
     let bench = Bench::new();
-    let (a, b, name) = (context("a"), context("b"), snapshotter::NAMES[0]);
+    let (a, b, name) = (context("a"), context("b"), NAMES[0]);
     bench.layer(&a, name, "one", "").await;
     assert_eq!(class(bench.snapshots.stat(&b, name, "one").await), "not found");
     assert_eq!(class(bench.prepare(&b, name, "x", "one").await), "not found");
@@ -205,7 +210,7 @@ async fn namespaces_do_not_see_each_other() {
 #[tokio::test]
 async fn what_exists_joins_the_lease() {
     let bench = Bench::new();
-    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    let (a, name) = (context("a"), NAMES[0]);
     bench.layer(&a, name, "one", "").await;
     let leased = bench.lease("a", "l").await;
     let target = new("extract", "", &[("containerd.io/snapshot.ref", "one")]);
@@ -226,7 +231,7 @@ async fn what_exists_joins_the_lease() {
 #[tokio::test]
 async fn the_snapshotter_sees_only_its_own_labels() {
     let bench = Bench::new();
-    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    let (a, name) = (context("a"), NAMES[0]);
     let all = [("containerd.io/snapshot/x", "1"), ("containerd.io/snapshot.ref", "later"), ("mine", "2")];
     bench.snapshots.create(&a, name, new("rw", "", &all)).await.unwrap();
     let inner = |bench: &Bench| {
@@ -254,7 +259,7 @@ async fn the_snapshotter_sees_only_its_own_labels() {
 #[tokio::test]
 async fn racing_prepares_leave_one() {
     let bench = Bench::new();
-    let name = snapshotter::NAMES[0];
+    let name = NAMES[0];
     bench.layer(&context("a"), name, "one", "").await;
     let tasks: Vec<_> = (0..8)
         .map(|_| {
@@ -279,7 +284,7 @@ async fn racing_prepares_leave_one() {
 #[tokio::test]
 async fn a_restart_finds_all_and_cleans_what_was_half_made() {
     let bench = Bench::new();
-    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    let (a, name) = (context("a"), NAMES[0]);
     bench.layer(&a, name, "one", "").await;
     bench.prepare(&a, name, "rw", "one").await.unwrap();
     let parent = bench.snapshots.stat(&a, name, "one").await.unwrap().record.inner;
@@ -301,15 +306,21 @@ async fn a_restart_finds_all_and_cleans_what_was_half_made() {
 #[tokio::test]
 async fn a_commit_cut_off_is_brought_to_its_end() {
     let bench = Bench::new();
-    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    let (a, name) = (context("a"), NAMES[0]);
     bench.layer(&a, name, "one", "").await;
     for key in ["done", "undone"] {
         bench.prepare(&a, name, key, "one").await.unwrap();
         let inner = bench.snapshots.stat(&a, name, key).await.unwrap().record.inner;
         let layer = format!("layer-{key}");
         let labels = labels(&[("k", "v")]);
-        let intent =
-            CommitRecord { key: key.into(), inner: inner.clone(), layer, labels, lease: String::new() };
+        let intent = CommitRecord {
+            key: key.into(),
+            inner: inner.clone(),
+            layer,
+            labels,
+            lease: String::new(),
+            parent: None,
+        };
         let new = format!("a/{}/x", if key == "done" { 801 } else { 802 });
         let of = new.clone();
         bench.metadata.commit(move |txn| txn.put(&["a", name, &of], &intent)).await.unwrap();
@@ -335,14 +346,15 @@ async fn a_commit_cut_off_is_brought_to_its_end() {
 #[tokio::test]
 async fn racing_commits_make_one_layer() {
     let bench = Bench::new();
-    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    let (a, name) = (context("a"), NAMES[0]);
     let mut tasks = Vec::new();
     for number in 0..6 {
         let key = format!("extract-{number}");
         bench.prepare(&a, name, &key, "").await.unwrap();
         let (snapshots, a) = (bench.snapshots.clone(), a.clone());
         tasks.push(tokio::spawn(async move {
-            snapshots.commit(&a, name, "layer".into(), key, Labels::new()).await
+            let layer = Layer { key, layer: "layer".into(), ..Layer::default() };
+            snapshots.commit(&a, name, layer).await
         }));
     }
     let mut won = 0;
@@ -397,7 +409,7 @@ impl<F: Fn() + Send + Sync> Snapshotter for Troubled<F> {
 async fn a_commit_that_may_be_on_disk_is_not_taken_back() {
     for (commits, kept) in [(true, ["layer", "one"]), (false, ["one", "rw"])] {
         let mut bench = Bench::new();
-        let (a, name) = (context("a"), snapshotter::NAMES[0]);
+        let (a, name) = (context("a"), NAMES[0]);
         bench.layer(&a, name, "one", "").await;
         bench.prepare(&a, name, "rw", "one").await.unwrap();
         bench.replace(name, |real| Arc::new(Troubled { real, commits, prepared: || () }));
@@ -415,7 +427,7 @@ async fn a_commit_that_may_be_on_disk_is_not_taken_back() {
 #[tokio::test]
 async fn a_parent_removed_while_its_child_is_made_goes_with_it() {
     let mut bench = Bench::new();
-    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    let (a, name) = (context("a"), NAMES[0]);
     bench.layer(&a, name, "one", "").await;
     bench.layer(&a, name, "two", "one").await;
     let (snapshots, handle) = (bench.snapshots.clone(), tokio::runtime::Handle::current());
@@ -431,7 +443,7 @@ async fn a_parent_removed_while_its_child_is_made_goes_with_it() {
     let real = bench.snapshots.snapshotters[name].snapshotter.clone();
     let troubled: Arc<dyn Snapshotter> = Arc::new(Troubled { real, commits: true, prepared: removing });
     let opened = |name: &str, opened: &Opened| {
-        let snapshotter = if name == snapshotter::NAMES[0] { &troubled } else { &opened.snapshotter };
+        let snapshotter = if name == NAMES[0] { &troubled } else { &opened.snapshotter };
         (
             name.to_owned(),
             Opened { root: opened.root.clone(), snapshotter: snapshotter.clone(), intact: true },
@@ -467,7 +479,7 @@ async fn is_all_there(bench: &Bench, name: &str) {
 
 #[tokio::test]
 async fn a_disk_that_is_not_mounted_costs_nothing() {
-    let [name, other] = snapshotter::NAMES;
+    let [name, other] = NAMES;
     let bench = Bench::new();
     some(&bench, name).await;
     some(&bench, other).await;
@@ -504,7 +516,7 @@ async fn a_disk_that_is_not_mounted_costs_nothing() {
 
 #[tokio::test]
 async fn a_damaged_journal_costs_nothing() {
-    let [name, other] = snapshotter::NAMES;
+    let [name, other] = NAMES;
     let bench = Bench::new();
     some(&bench, name).await;
     some(&bench, other).await;
@@ -525,7 +537,7 @@ async fn a_damaged_journal_costs_nothing() {
 #[tokio::test]
 async fn a_record_without_its_snapshot_stays_until_it_is_removed() {
     let bench = Bench::new();
-    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    let (a, name) = (context("a"), NAMES[0]);
     bench.layer(&a, name, "one", "").await;
     let dir = bench.stop();
     let journal = snapshotter_root(dir.path(), name).join("journal");
@@ -574,7 +586,7 @@ async fn a_record_without_its_snapshot_stays_until_it_is_removed() {
 
 #[tokio::test]
 async fn a_snapshotter_that_cannot_be_reconciled_fails_alone() {
-    let [name, other] = snapshotter::NAMES;
+    let [name, other] = NAMES;
     let bench = Bench::new();
     some(&bench, name).await;
     some(&bench, other).await;
@@ -601,7 +613,7 @@ async fn a_snapshotter_that_cannot_be_reconciled_fails_alone() {
 #[tokio::test]
 async fn what_is_collected_goes_in_any_order_and_what_is_named_stays() {
     let bench = Bench::new();
-    let (a, name) = (context("a"), snapshotter::NAMES[0]);
+    let (a, name) = (context("a"), NAMES[0]);
     let mut inner = Vec::new();
     for (layer, parent) in [("one", ""), ("two", "one"), ("three", "two"), ("four", "three")] {
         bench.layer(&a, name, layer, parent).await;
@@ -622,4 +634,77 @@ async fn what_is_collected_goes_in_any_order_and_what_is_named_stays() {
     assert_eq!(bench.inner(name).len(), 1);
     bench.remove(&a, name, "one").await.unwrap();
     assert!(bench.inner(name).is_empty());
+}
+
+/// A stack of layers, each in an active snapshot of its own over nothing, as a pull has it.
+async fn stack(bench: &Bench, context: &RequestContext, pull: &str, names: &[&str]) -> Vec<Layer> {
+    let mut layers: Vec<Layer> = Vec::new();
+    for name in names {
+        let key = format!("extract-{pull} {name}");
+        bench.prepare(context, NAMES[0], &key, "").await.unwrap();
+        let parent = layers.last().map(|layer| layer.layer.clone()).unwrap_or_default();
+        let layer = Layer { key, layer: (*name).into(), parent: Some(parent), labels: Labels::new() };
+        layers.push(layer);
+    }
+    layers
+}
+
+#[tokio::test]
+async fn pulls_that_race_over_shared_layers_end_up_on_the_same_ones() {
+    let (bench, name) = (Bench::new(), NAMES[0]);
+    let a = context("a");
+    let mut tasks = Vec::new();
+    for number in 0..6 {
+        let top = format!("top-{}", number % 3);
+        let layers = stack(&bench, &a, &number.to_string(), &["one", "two", &top]).await;
+        let (snapshots, a) = (bench.snapshots.clone(), a.clone());
+        tasks.push(tokio::spawn(async move { snapshots.commit_stack(&a, name, layers).await }));
+    }
+    let mut made = 0;
+    for task in tasks {
+        made += task.await.unwrap().unwrap().into_iter().filter(|made| *made).count();
+    }
+    assert_eq!(made, 5);
+    for key in bench.keys(&a, name, "kind==Active").await {
+        bench.remove(&a, name, &key).await.unwrap();
+    }
+    // Nothing is stacked on what no record names.
+    assert_eq!(bench.inner(name).len(), 5);
+    let bench = bench.restart();
+    assert_eq!(bench.keys(&a, name, "").await, ["one", "top-0", "top-1", "top-2", "two"]);
+    assert_eq!(bench.keys(&a, name, "parent==two").await, ["top-0", "top-1", "top-2"]);
+    for key in ["top-0", "top-1", "top-2", "two", "one"] {
+        bench.remove(&a, name, key).await.unwrap();
+    }
+    assert!(bench.inner(name).is_empty());
+}
+
+#[tokio::test]
+async fn a_stack_whose_commit_is_cut_off_is_there_as_a_whole_or_not_at_all() {
+    for done in [true, false] {
+        let (bench, name) = (Bench::new(), NAMES[0]);
+        let a = context("a");
+        let names: Vec<String> = (0..12).map(|number| format!("layer-{number}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let layers = stack(&bench, &a, "p", &names).await;
+        let namespace = a.namespace().unwrap().clone();
+        let begun = bench.snapshots.begin_commits(&a, &namespace, name, &layers).unwrap();
+        let (intents, inners, commits) = begun;
+        bench
+            .snapshots
+            .record_commits(a.clone(), &namespace, name, &layers, &intents, &inners)
+            .await
+            .unwrap();
+        if done {
+            bench.snapshots.snapshotters[name].snapshotter.commit_stack(&commits).unwrap();
+        }
+        let bench = bench.restart();
+        assert_eq!(bench.keys(&a, name, "kind==Committed").await.len(), if done { 12 } else { 0 });
+        assert_eq!(bench.keys(&a, name, "kind==Active").await.len(), if done { 0 } else { 12 });
+        assert!(!bench.metadata.view().any::<CommitRecord>(&[]));
+        if done {
+            assert_eq!(bench.keys(&a, name, "parent==layer-10").await, ["layer-11"]);
+            assert_eq!(bench.snapshots.layers(&a, name, "layer-11").await.unwrap().len(), 12);
+        }
+    }
 }

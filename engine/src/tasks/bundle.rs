@@ -1,4 +1,4 @@
-//! A bundle: the folder that holds what a shim needs of one container.
+//! A bundle: the folder that holds what a shim needs of one container, or of one sandbox.
 //!
 //! ```text
 //! <state>/io.containerd.runtime.v2.task/<namespace>/<id>/    0700 (0710 and the group of a user namespace's root)
@@ -9,6 +9,8 @@
 //!   shim-binary-path    the shim's program, for cleaning up after it
 //!   bootstrap.json      where the shim listens; `address`, written by shims of 1.6 and 1.7, says it too
 //!   end.json            how the task ended, once it has
+//!   sandbox             the sandbox whose shim it joined, if it did
+//! <state>/io.containerd.sandbox.controller.v1.shim/<namespace>/<id>/    the same of a sandbox; `exited` once that was told
 //! ```
 //!
 //! Invariant: a bundle is there under its own name before its shim starts and until all of the task is gone. It is
@@ -27,30 +29,47 @@ use super::task::Exit;
 use crate::context::Namespace;
 use crate::error::{Error, Result};
 
-/// The folder of all bundles, beneath the state, and of their work folders, beneath the root.
-pub(super) const FOLDER: &str = "io.containerd.runtime.v2.task";
+/// What a shim was started for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Of {
+    Container,
+    Sandbox,
+}
 
-/// Where the bundles of one engine are.
+impl Of {
+    pub(crate) const ALL: [Of; 2] = [Of::Container, Of::Sandbox];
+
+    /// The folder of all bundles of this kind, beneath the state, and of their work folders, beneath the root.
+    pub(crate) fn folder(self) -> &'static str {
+        match self {
+            Of::Container => "io.containerd.runtime.v2.task",
+            Of::Sandbox => "io.containerd.sandbox.controller.v1.shim",
+        }
+    }
+}
+
+/// Where the bundles of one kind are.
 #[derive(Debug, Clone)]
-pub(super) struct Bundles {
-    /// `<state>/io.containerd.runtime.v2.task`
-    pub(super) state: PathBuf,
-    /// `<root>/io.containerd.runtime.v2.task`
-    pub(super) work: PathBuf,
+pub(crate) struct Bundles {
+    pub(crate) of: Of,
+    /// The folder of all, beneath the state.
+    pub(crate) state: PathBuf,
+    /// The folder of all work folders, beneath the root.
+    pub(crate) work: PathBuf,
 }
 
 /// One bundle; the folder itself may be there or not.
 #[derive(Debug, Clone)]
-pub(super) struct Bundle {
+pub(crate) struct Bundle {
     /// The bundle's folder.
-    pub(super) path: PathBuf,
+    pub(crate) path: PathBuf,
     /// The work folder.
     work: PathBuf,
 }
 
 /// The end of a task, whose bundle may stay behind it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) enum End {
+pub(crate) enum End {
     /// Its shim died; exit and delete were published, and the client has not deleted it yet.
     Dead(Exit),
     /// It was deleted.
@@ -59,12 +78,12 @@ pub(super) enum End {
 
 impl Bundles {
     /// The bundles beneath these folders.
-    pub(super) fn new(root: &Path, state: &Path) -> Self {
-        Bundles { state: state.join(FOLDER), work: root.join(FOLDER) }
+    pub(crate) fn new(of: Of, root: &Path, state: &Path) -> Self {
+        Bundles { of, state: state.join(of.folder()), work: root.join(of.folder()) }
     }
 
     /// The bundle of a container. Both names have been checked as identifiers, so each is one component of a path.
-    pub(super) fn bundle(&self, namespace: &Namespace, id: &str) -> Bundle {
+    pub(crate) fn bundle(&self, namespace: &Namespace, id: &str) -> Bundle {
         Bundle {
             path: self.state.join(namespace.as_str()).join(id),
             work: self.work.join(namespace.as_str()).join(id),
@@ -75,7 +94,7 @@ impl Bundles {
 impl Bundle {
     /// Makes the bundle with this spec. What an earlier task left under the name, whose removal failed, goes first.
     /// When it fails nothing is left.
-    pub(super) fn create(&self, spec: &[u8]) -> Result<()> {
+    pub(crate) fn create(&self, spec: &[u8]) -> Result<()> {
         if self.path.exists() {
             self.remove()?;
         }
@@ -100,7 +119,9 @@ impl Bundle {
         // A work folder without a bundle is a leftover of a reboot.
         sys::fs::remove_tree(work).map_err(doing("remove the old work folder", work))?;
         sys::fs::create_dir(work, 0o711).map_err(doing("create folder", work))?;
+        sys::failpoint!("bundle.make.work");
         sys::fs::create_dir(path, 0o700).map_err(doing("create bundle", path))?;
+        sys::failpoint!("bundle.make.folder");
         let rootfs = self.rootfs();
         sys::fs::create_dir(&rootfs, 0o711).map_err(doing("create folder", &rootfs))?;
         let link = path.join("work");
@@ -113,37 +134,54 @@ impl Bundle {
             fs::set_permissions(path, Permissions::from_mode(0o710))
                 .map_err(doing("set the mode of", path))?;
         }
-        self.write("config.json", spec)
+        // A sandbox need not have one.
+        if spec.is_empty() { Ok(()) } else { self.write("config.json", spec) }
+    }
+
+    /// Notes the sandbox whose shim the container joined.
+    pub(crate) fn note_sandbox(&self, id: &str) -> Result<()> {
+        self.write("sandbox", id.as_bytes())
+    }
+
+    /// Notes that the end of the sandbox has been told; whether it had not.
+    pub(crate) fn note_exited(&self) -> Result<bool> {
+        let first = !self.path.join("exited").exists();
+        self.write("exited", b"").map(|()| first)
     }
 
     /// Where the root file system is mounted.
-    pub(super) fn rootfs(&self) -> PathBuf {
+    pub(crate) fn rootfs(&self) -> PathBuf {
         self.path.join("rootfs")
     }
 
+    /// Where the checkpoint that the task is restored from is unpacked to: on disk, since it is as large as memory.
+    pub(crate) fn checkpoint(&self) -> PathBuf {
+        self.work.join("checkpoint")
+    }
+
     /// The fifo of the shim's log.
-    pub(super) fn log(&self) -> PathBuf {
+    pub(crate) fn log(&self) -> PathBuf {
         self.path.join("log")
     }
 
     /// Notes where the shim listens, for the next engine.
-    pub(super) fn note_shim(&self, answer: &Answer) -> Result<()> {
+    pub(crate) fn note_shim(&self, answer: &Answer) -> Result<()> {
         self.write("bootstrap.json", &answer.encode(shim_api::bootstrap::Form::Json))
     }
 
     /// Notes the shim's program, for cleaning up after it.
-    pub(super) fn note_program(&self, program: &Path) -> Result<()> {
+    pub(crate) fn note_program(&self, program: &Path) -> Result<()> {
         self.write("shim-binary-path", program.as_os_str().as_encoded_bytes())
     }
 
     /// The shim's program, if it was noted.
-    pub(super) fn program(&self) -> Option<PathBuf> {
+    pub(crate) fn program(&self) -> Option<PathBuf> {
         let text = fs::read_to_string(self.path.join("shim-binary-path")).ok()?;
         Some(PathBuf::from(text)).filter(|path| path.is_absolute())
     }
 
     /// Where the shim listens; NotFound when it never said, DataLoss when what it said cannot be read.
-    pub(super) fn shim_address(&self) -> Result<Answer> {
+    pub(crate) fn shim_address(&self) -> Result<Answer> {
         let mut unread = None;
         for name in ["bootstrap.json", "address"] {
             let path = self.path.join(name);
@@ -160,38 +198,44 @@ impl Bundle {
     }
 
     /// Notes how the task ended, so that an engine that starts later neither asks for it nor tells it again.
-    pub(super) fn note_end(&self, end: &End) -> Result<()> {
+    pub(crate) fn note_end(&self, end: &End) -> Result<()> {
         let text =
             serde_json::to_vec(end).map_err(|error| Error::internal(format!("encode an exit: {error}")))?;
         self.write("end.json", &text)
     }
 
     /// How the task ended, if an engine got as far as to note it.
-    pub(super) fn end(&self) -> Option<End> {
+    pub(crate) fn end(&self) -> Option<End> {
         serde_json::from_slice(&fs::read(self.path.join("end.json")).ok()?).ok()
     }
 
     /// Removes the bundle and its work folder, after taking down what is mounted in it; fine when it is not there.
-    pub(super) fn remove(&self) -> Result<()> {
+    pub(crate) fn remove(&self) -> Result<()> {
         let doing = |what: &'static str, path: &Path| {
             let path = path.to_owned();
             move |error: io::Error| Error::io(what, &path, &error)
         };
         let path = &self.path;
         sys::mount::unmount_all(path).map_err(doing("unmount what is in", path))?;
+        sys::failpoint!("bundle.remove.unmounted");
         self.remove_hidden()?;
         let hidden = self.hidden();
         match fs::rename(path, &hidden) {
-            Ok(()) => self.remove_hidden()?,
+            Ok(()) => {
+                sys::failpoint!("bundle.remove.renamed");
+                self.remove_hidden()?;
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io("rename for removal", path, &error)),
         }
+        sys::failpoint!("bundle.remove.folder");
         sys::fs::remove_tree(&self.work).map_err(doing("remove", &self.work))?;
+        sys::failpoint!("bundle.remove.work");
         Ok(())
     }
 
     /// Ends a removal that was cut short.
-    pub(super) fn remove_hidden(&self) -> Result<()> {
+    pub(crate) fn remove_hidden(&self) -> Result<()> {
         let hidden = self.hidden();
         sys::mount::unmount_all(&hidden).map_err(|error| Error::io("unmount what is in", &hidden, &error))?;
         sys::fs::remove_tree(&hidden).map_err(|error| Error::io("remove", &hidden, &error))
@@ -208,7 +252,10 @@ impl Bundle {
         let new = self.path.join(format!(".{name}.new"));
         let written = fs::write(&new, bytes)
             .and_then(|()| fs::set_permissions(&new, Permissions::from_mode(0o600)))
-            .and_then(|()| fs::rename(&new, &path));
+            .and_then(|()| {
+                sys::failpoint!("bundle.write.{name}");
+                fs::rename(&new, &path)
+            });
         written.map_err(|error| Error::io("write", &path, &error))
     }
 }
@@ -243,7 +290,8 @@ mod tests {
     use super::*;
 
     fn bundle(folder: &Path) -> Bundle {
-        Bundles::new(&folder.join("root"), &folder.join("state")).bundle(&Namespace::new("ns").unwrap(), "c")
+        Bundles::new(Of::Container, &folder.join("root"), &folder.join("state"))
+            .bundle(&Namespace::new("ns").unwrap(), "c")
     }
 
     fn mode(path: &Path) -> u32 {

@@ -17,6 +17,7 @@ use prost_types::Any;
 use proto::containerd::types::RuntimeInfo;
 use shim_api::bootstrap::{self, Answer, Generation, Launch};
 use shim_api::task::DeleteResponse;
+use shim_api::trace;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 
@@ -117,7 +118,7 @@ impl Launcher {
         let known = self.generations.lock().get(&key).copied();
         let (first, sure) = match known {
             Some(generation) => (generation, true),
-            None => self.generation(program, bundle).await,
+            None => trace::span("ask the shim's version", self.generation(program, bundle)).await,
         };
         let answer = self.start_with(program, bundle, &launch, first).await;
         let (generation, answer) = match answer {
@@ -136,6 +137,21 @@ impl Launcher {
         };
         self.generations.lock().insert(key, generation);
         Ok(answer)
+    }
+
+    /// What a shim, given these options, says of itself and its runtime.
+    pub(super) async fn info(&self, program: &Path, options: Option<Any>) -> Result<RuntimeInfo> {
+        let mut command = Command::new(program);
+        command.arg("-info").current_dir("/");
+        let what = format!("ask {} what it can do", program.display());
+        let outcome = run(command, options.unwrap_or_default().encode_to_vec(), INFO_LIMIT)
+            .await
+            .map_err(|error| error.context(&what))?;
+        if !outcome.status.success() {
+            return Err(Error::unknown(format!("{what}: {}", failure(&outcome))));
+        }
+        RuntimeInfo::decode(outcome.stdout.as_slice())
+            .map_err(|error| Error::unknown(format!("{what}: its answer cannot be read: {error}")))
     }
 
     /// Which stdin a shim is likely to want, and whether that is certain. Since 2.0 a shim tells its version; 2.3 and
@@ -160,7 +176,11 @@ impl Launcher {
         launch: &Launch,
         generation: Generation,
     ) -> Result<Answer> {
-        let command = self.command(program, bundle, launch, None, "start");
+        let mut command = self.command(program, bundle, launch, None, "start");
+        if let Some(trace) = trace::current() {
+            let [parent, file] = trace::ENVIRONMENT;
+            command.env(parent, trace.parent()).env(file, trace.path());
+        }
         let what = format!("start shim {}", program.display());
         let outcome = run(command, launch.encode(generation), START_LIMIT)
             .await
@@ -201,6 +221,19 @@ impl Launcher {
             .map_err(|error| Error::unknown(format!("{what}: its answer cannot be decoded: {error}")))
     }
 
+    /// Removes what a killed shim of this bundle listened at. Blocks.
+    pub(super) fn remove_dead_sockets(&self, bundle: &Bundle, namespace: &Namespace, id: &str) {
+        let said = bundle.shim_address().ok().map(|answer| answer.address);
+        let said = said.as_deref().and_then(|address| shim_api::transport::socket_path(address).ok());
+        // It may have been killed before it could say so.
+        let usual = socket_of(&self.grpc_address, namespace.as_str(), id);
+        for path in said.into_iter().chain([usual.as_path()]) {
+            if let Err(error) = remove_dead_socket(path) {
+                tracing::warn!(socket = %path.display(), %error, "the socket of a dead shim stays");
+            }
+        }
+    }
+
     fn launch(&self, namespace: &Namespace, id: &str, options: Option<Any>) -> Launch {
         Launch {
             id: id.to_owned(),
@@ -232,6 +265,40 @@ impl Launcher {
             sys::process::set_descriptor_limit(command.as_std_mut(), descriptors);
         }
         command
+    }
+}
+
+/// Where a shim listens: all derive it so from the engine's socket, the namespace, and the container, or what several containers
+/// have as their group.
+pub(crate) fn socket_of(engine: &Path, namespace: &str, group: &str) -> PathBuf {
+    let engine = engine.to_string_lossy();
+    let key = format!("{}/{namespace}/{group}", engine.trim_end_matches('/'));
+    Path::new(bootstrap::DEFAULT_SOCKET_DIR).join(oci::Digest::sha256_of(key.as_bytes()).hex())
+}
+
+/// Whether somebody listens at a socket; one who is slow does.
+pub(crate) fn is_served(path: &Path) -> bool {
+    use rustix::io::Errno;
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let Ok(socket) = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None) else { return true };
+    let Ok(address) = SocketAddrUnix::new(path) else { return false };
+    !matches!(connect(&socket, &address), Err(Errno::CONNREFUSED | Errno::NOENT | Errno::NOTDIR))
+}
+
+/// Removes a socket at which nobody listens; whether nobody does. Blocks.
+pub(crate) fn remove_dead_socket(path: &Path) -> io::Result<bool> {
+    if !path.exists() {
+        return Ok(true);
+    }
+    // A shim that is being started takes its name under this lock.
+    let _lock = path.parent().map(sys::process::lock_folder).transpose()?;
+    if is_served(path) {
+        return Ok(false);
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(true),
     }
 }
 

@@ -21,11 +21,12 @@ use std::time::{Duration, Instant, SystemTime};
 use futures::stream::{self, StreamExt as _};
 use proto::containerd::events::{TaskDelete, TaskExit};
 use proto::containerd::services::containers::v1::Container;
+use proto::containerd::types::Sandbox;
 use shim_api::bootstrap::Answer;
 use shim_api::{Code, task as shim};
 
 use super::Tasks;
-use super::bundle::End;
+use super::bundle::{Bundles, End, Of};
 use super::launch::ShimLog;
 use super::task::{Connect, Exit, Live, Phase, Task};
 use crate::context::{Namespace, validate_identifier};
@@ -59,7 +60,7 @@ impl Tasks {
             .await;
         let this = self.clone();
         let swept = blocking(move || {
-            this.remove_stray_work();
+            this.bundles.iter().for_each(remove_stray_work);
             Ok(())
         });
         if let Err(error) = swept.await {
@@ -73,38 +74,50 @@ impl Tasks {
 
     /// Takes the names of all bundles for their tasks. Removals that were cut short are ended here.
     pub(super) fn find_bundles(&self) {
-        for (namespace, id) in entries_of_entries(&self.bundles.state) {
+        for bundles in &*self.bundles {
+            self.find_bundles_of(bundles);
+        }
+    }
+
+    fn find_bundles_of(&self, bundles: &Bundles) {
+        for (namespace, id) in entries_of_entries(&bundles.state) {
             if let Some(id) = id.strip_prefix('.') {
                 if let Ok(namespace) = Namespace::new(&namespace)
-                    && let Err(error) = self.bundles.bundle(&namespace, id).remove_hidden()
+                    && let Err(error) = bundles.bundle(&namespace, id).remove_hidden()
                 {
                     tracing::warn!(%error, id, %namespace, "what is left of a removed bundle stays");
                 }
                 continue;
             }
             let Ok(namespace) = Namespace::new(&namespace) else { continue };
-            let bundle = self.bundles.bundle(&namespace, &id);
+            let bundle = bundles.bundle(&namespace, &id);
             if validate_identifier("container id", &id).is_err() || !bundle.path.is_dir() {
                 tracing::warn!(path = %bundle.path.display(), "this is no bundle");
                 continue;
             }
-            let task = Task::new(namespace.clone(), id.clone(), bundle);
+            let task = Task::new(bundles.of, namespace.clone(), id.clone(), bundle);
             // All before any: who shares a shim must be known before one is ended.
             if let Ok(answer) = task.bundle.shim_address() {
                 task.note_address(&answer.address);
             }
-            self.tasks.lock().insert((namespace, id), task);
+            self.tasks.lock().insert((bundles.of, namespace, id), task);
         }
     }
 
     async fn load(&self, task: &Arc<Task>) -> Result<()> {
         match task.bundle.end() {
             Some(End::Deleted) => {
+                // The last engine may have ended before it let the shim go.
+                if let Ok(answer) = task.bundle.shim_address()
+                    && let Ok(live) = Live::connect(&answer, &task.namespace).await
+                {
+                    self.end_shim(task, &live).await;
+                }
                 self.remove_bundle(task).await;
                 self.forget(task);
                 return Ok(());
             }
-            Some(End::Dead(exit)) if self.container(&task.namespace, &task.id).is_ok() => {
+            Some(End::Dead(exit)) if self.is_recorded(task) => {
                 task.claim_end();
                 task.set(Phase::Dead { exit, clean: true });
                 return Ok(());
@@ -117,7 +130,7 @@ impl Tasks {
         let answer = match await_address(task).await {
             Ok(Some(answer)) => answer,
             Ok(None) => return self.discard(task).await,
-            Err(error) if self.container(&task.namespace, &task.id).is_ok() => {
+            Err(error) if self.is_recorded(task) => {
                 return self.keep_trying(task, &error);
             }
             Err(_) => return self.discard(task).await,
@@ -133,11 +146,18 @@ impl Tasks {
         };
         let deadline = Instant::now() + SETTLE_LIMIT;
         loop {
-            let request = shim::StateRequest { id: task.id.clone(), exec_id: String::new() };
-            let state = tokio::time::timeout(LOAD_LIMIT, live.client.state(request)).await;
-            match state {
-                Ok(Ok(state)) => {
-                    task.note_pid(state.pid);
+            let asked = async {
+                match task.of {
+                    Of::Container => {
+                        let request = shim::StateRequest { id: task.id.clone(), exec_id: String::new() };
+                        live.client.state(request).await.map(|state| state.pid)
+                    }
+                    Of::Sandbox => self.sandbox_restored(task, &live).await,
+                }
+            };
+            match tokio::time::timeout(LOAD_LIMIT, asked).await {
+                Ok(Ok(pid)) => {
+                    task.note_pid(pid);
                     break;
                 }
                 Ok(Err(error)) if error.code == Code::NotFound => {
@@ -187,7 +207,7 @@ impl Tasks {
     /// task, so that it is removed at once.
     async fn settle_dead(&self, task: &Arc<Task>) -> Result<()> {
         task.claim_end();
-        if self.container(&task.namespace, &task.id).is_err() {
+        if !self.is_recorded(task) {
             return self.discard(task).await;
         }
         self.clean_up_dead(task).await;
@@ -198,6 +218,7 @@ impl Tasks {
     pub(super) async fn clean_up_dead(&self, task: &Arc<Task>) {
         let (id, namespace) = (&task.id, &task.namespace);
         tracing::warn!(id, %namespace, "the shim is gone; cleaning up after it");
+        sys::failpoint!("tasks.dead.found");
         let (exit, clean) = match self.run_delete(task).await {
             Ok(exit) => (exit, true),
             Err(error) => {
@@ -208,6 +229,14 @@ impl Tasks {
         // Only now: the shim's last events may have come in meanwhile.
         let seen = task.seen_exit();
         let exit = seen.unwrap_or(exit);
+        if task.of == Of::Sandbox {
+            self.announce_end(task, exit).await;
+            if clean {
+                self.note_end(task, End::Dead(exit)).await;
+            }
+            task.set(Phase::Dead { exit, clean });
+            return;
+        }
         if seen.is_none() {
             let event = TaskExit {
                 container_id: id.clone(),
@@ -226,47 +255,75 @@ impl Tasks {
             id: String::new(),
         };
         self.events.publish(namespace, "/tasks/delete", &event);
+        sys::failpoint!("tasks.dead.announced");
+        // Once the end is noted nobody tells it again.
+        if let Err(error) = self.events.settled().await {
+            tracing::warn!(%error, id, %namespace, "the end of a task may be missing in the journal of events");
+        }
         if clean {
             self.note_end(task, End::Dead(exit)).await;
         }
         task.set(Phase::Dead { exit, clean });
     }
 
-    /// Runs the shim's `delete` and unmounts the root file system, whatever the shim did.
+    /// Whether clients know the container, or the sandbox.
+    fn is_recorded(&self, task: &Task) -> bool {
+        let key = [task.namespace.as_str(), task.id.as_str()];
+        let view = self.metadata.view();
+        let known = match task.of {
+            Of::Container => view.has::<Container>(&key),
+            Of::Sandbox => view.has::<Sandbox>(&key),
+        };
+        known.unwrap_or(false)
+    }
+
+    /// The runtime's name as clients set it; empty when they set none.
+    fn recorded_runtime(&self, task: &Task) -> Result<String> {
+        let key = [task.namespace.as_str(), task.id.as_str()];
+        let view = self.metadata.view();
+        let name = match task.of {
+            Of::Container => {
+                view.get::<Container>(&key)?.and_then(|of| of.runtime).map(|runtime| runtime.name)
+            }
+            Of::Sandbox => view.get::<Sandbox>(&key)?.and_then(|of| of.runtime).map(|runtime| runtime.name),
+        };
+        Ok(name.unwrap_or_default())
+    }
+
+    /// Runs the shim's `delete` and unmounts what is mounted in the bundle, whatever the shim did.
     pub(super) async fn run_delete(&self, task: &Task) -> Result<Exit> {
         // The noted one may have gone with an upgrade; its successor cleans up as well.
         let program = match task.bundle.program().filter(|program| program.exists()) {
             Some(program) => program,
             None => {
-                let view = self.metadata.view();
-                let container = view.get::<Container>(&[task.namespace.as_str(), &task.id])?;
-                let runtime = container.and_then(|container| container.runtime).unwrap_or_default();
-                if runtime.name.is_empty() {
+                let runtime = self.recorded_runtime(task)?;
+                if runtime.is_empty() {
                     // Neither the bundle nor a record knows a shim: none was started.
                     return Ok(Exit::of(0, KILLED, Some(SystemTime::now().into())));
                 }
-                self.launcher.find(&runtime.name)?
+                self.launcher.find(&runtime)?
             }
         };
         let answer = self.launcher.delete(&program, &task.bundle, &task.namespace, &task.id).await;
-        let rootfs = task.bundle.rootfs();
+        // The root file system, and the namespaces of a sandbox.
+        let bundle = task.bundle.path.clone();
         blocking(move || {
-            sys::mount::unmount_all(&rootfs).map_err(|error| Error::io("unmount", &rootfs, &error))
+            sys::mount::unmount_all(&bundle).map_err(|error| Error::io("unmount", &bundle, &error))
         })
         .await?;
         let answer = answer?;
         Ok(Exit::of(answer.pid, answer.exit_status, answer.exited_at))
     }
+}
 
-    /// Removes work folders of tasks that are no more, as after a reboot.
-    fn remove_stray_work(&self) {
-        for (namespace, id) in entries_of_entries(&self.bundles.work) {
-            let Ok(namespace) = Namespace::new(&namespace) else { continue };
-            if !self.bundles.state.join(namespace.as_str()).join(&id).exists() {
-                let path = self.bundles.work.join(namespace.as_str()).join(&id);
-                if let Err(error) = sys::fs::remove_tree(&path) {
-                    tracing::warn!(%error, path = %path.display(), "a stray work folder stays");
-                }
+/// Removes work folders of tasks that are no more, as after a reboot.
+fn remove_stray_work(bundles: &Bundles) {
+    for (namespace, id) in entries_of_entries(&bundles.work) {
+        let Ok(namespace) = Namespace::new(&namespace) else { continue };
+        if !bundles.state.join(namespace.as_str()).join(&id).exists() {
+            let path = bundles.work.join(namespace.as_str()).join(&id);
+            if let Err(error) = sys::fs::remove_tree(&path) {
+                tracing::warn!(%error, path = %path.display(), "a stray work folder stays");
             }
         }
     }

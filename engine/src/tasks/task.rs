@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -15,7 +15,7 @@ use shim_api::task::{StateRequest, TaskClient, WaitRequest, WaitResponse};
 use shim_api::{Code, Error as ShimError};
 use tokio::sync::watch;
 
-use super::bundle::Bundle;
+use super::bundle::{Bundle, Of};
 use super::launch::ShimLog;
 use super::no_task;
 use crate::context::Namespace;
@@ -26,6 +26,7 @@ const DIED_LIMIT: Duration = Duration::from_secs(60);
 
 /// A task, in one of its phases.
 pub(super) struct Task {
+    pub(super) of: Of,
     pub(super) namespace: Namespace,
     pub(super) id: String,
     pub(super) bundle: Bundle,
@@ -33,7 +34,7 @@ pub(super) struct Task {
     /// Where the shim listens, from the moment it said so.
     address: Mutex<Option<Arc<str>>>,
     /// Somebody has taken it upon them to end the task.
-    ending: AtomicBool,
+    ending: watch::Sender<bool>,
     /// The init's pid, 0 while it is not known.
     pid: AtomicU32,
     /// The init's exit, once the shim has published it.
@@ -119,30 +120,24 @@ impl Exit {
 impl Live {
     /// Reaches a shim where its answer says.
     pub(super) async fn connect(answer: &Answer, namespace: &Namespace) -> Result<Self, Connect> {
-        if answer.protocol != "ttrpc" {
-            return Err(Connect::Failed(Error::unimplemented(format!(
-                "the shim at {} speaks {}; shims are driven over ttrpc",
-                answer.address, answer.protocol
-            ))));
-        }
-        let client =
-            TaskClient::connect(&answer.address, answer.version).await.map_err(|error| match error.code {
-                Code::Refused => Connect::Dead(from_shim(error)),
-                _ => Connect::Failed(from_shim(error)),
-            })?;
+        let client = TaskClient::reach(answer).await.map_err(|error| match error.code {
+            Code::Refused => Connect::Dead(from_shim(error)),
+            _ => Connect::Failed(from_shim(error)),
+        })?;
         Ok(Live { client: client.with_namespace(namespace.as_str()) })
     }
 }
 
 impl Task {
-    pub(super) fn new(namespace: Namespace, id: String, bundle: Bundle) -> Arc<Self> {
+    pub(super) fn new(of: Of, namespace: Namespace, id: String, bundle: Bundle) -> Arc<Self> {
         Arc::new(Task {
+            of,
             namespace,
             id,
             bundle,
             phase: watch::Sender::new(Phase::Creating),
             address: Mutex::new(None),
-            ending: AtomicBool::new(false),
+            ending: watch::Sender::new(false),
             pid: AtomicU32::new(0),
             exit: Mutex::new(None),
             waits: Mutex::default(),
@@ -198,8 +193,11 @@ impl Task {
         self.pid.store(pid, Ordering::Release);
     }
 
-    pub(super) fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::Acquire)
+    /// Resolves when nobody is ending this task: at once, or when who was has given that up.
+    pub(super) async fn goes_on(&self) {
+        let mut ending = self.ending.subscribe();
+        // The sender is this task's, so that it is there.
+        let _ = ending.wait_for(|ending| !ending).await;
     }
 
     pub(super) fn live(&self) -> Option<Live> {
@@ -211,7 +209,12 @@ impl Task {
 
     /// Whether the caller is the first to end this task, and thus the one who does.
     pub(super) fn claim_end(&self) -> bool {
-        !self.ending.swap(true, Ordering::AcqRel)
+        self.ending.send_if_modified(|ending| !std::mem::replace(ending, true))
+    }
+
+    /// Gives up ending this task, which its shim has refused.
+    pub(super) fn disclaim_end(&self) {
+        self.ending.send_replace(false);
     }
 
     /// Whether the caller is the first to take the task away. Its name stays taken until it is forgotten.
@@ -398,7 +401,7 @@ impl Task {
 }
 
 /// A shim's status in the engine's classes, in the shim's words.
-pub(super) fn from_shim(error: ShimError) -> Error {
+pub(crate) fn from_shim(error: ShimError) -> Error {
     let message = error.message;
     match error.code {
         Code::Cancelled => Error::Cancelled(message),
