@@ -4,6 +4,8 @@
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use anyhow::bail;
 use proto::containerd::services::containers::v1::containers_client::ContainersClient;
@@ -15,11 +17,20 @@ use proto::containerd::services::introspection::v1::introspection_client::Intros
 use proto::containerd::services::leases::v1::leases_client::LeasesClient;
 use proto::containerd::services::namespaces::v1::GetNamespaceRequest;
 use proto::containerd::services::namespaces::v1::namespaces_client::NamespacesClient;
+use proto::containerd::services::sandbox::v1::controller_client::ControllerClient;
+use proto::containerd::services::sandbox::v1::store_client::StoreClient;
 use proto::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
+use proto::containerd::services::streaming::v1::streaming_client::StreamingClient;
 use proto::containerd::services::tasks::v1::tasks_client::TasksClient;
+use proto::containerd::services::transfer::v1::transfer_client::TransferClient;
 use proto::containerd::services::version::v1::version_client::VersionClient;
+use proto::gantry::events::v1::events_client::EventsClient as JournalClient;
 use proto::gantry::gc::v1::gc_client::GcClient;
+use proto::gantry::images::v1::images_client::ImagesClient as ImageCareClient;
+use proto::gantry::registry::v1::registry_client::RegistryClient;
+use shim_api::trace;
 use tokio::net::UnixStream;
+use tonic::body::Body;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -30,7 +41,37 @@ use tonic::{Code, Status};
 const MESSAGE_LIMIT: usize = 256 << 20;
 
 /// A service as the generated clients wrap it.
-pub(crate) type Service = InterceptedService<Channel, Headers>;
+pub(crate) type Service = InterceptedService<Traced, Headers>;
+
+/// A channel whose calls are spans of the trace that they are part of, if there is one.
+#[derive(Clone, Debug)]
+pub(crate) struct Traced(Channel);
+
+impl tower::Service<http::Request<Body>> for Traced {
+    type Response = http::Response<Body>;
+    type Error = tonic::transport::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        let span = trace::current().map(|trace| {
+            let path = request.uri().path();
+            trace.open(path.rsplit('.').next().unwrap_or(path))
+        });
+        if let Some(parent) = span.as_ref().and_then(|span| span.inside().parent().parse().ok()) {
+            request.headers_mut().insert(trace::PARENT_HEADER, parent);
+        }
+        let call = self.0.call(request);
+        Box::pin(async move {
+            let answer = call.await;
+            drop(span);
+            answer
+        })
+    }
+}
 
 /// What every request carries.
 #[derive(Clone, Debug)]
@@ -61,7 +102,7 @@ pub(crate) struct Client {
 macro_rules! services {
     ($($name:ident: $client:ident,)*) => {
         $(pub(crate) fn $name(&self) -> $client<Service> {
-            $client::with_interceptor(self.channel.clone(), self.headers.clone())
+            $client::with_interceptor(Traced(self.channel.clone()), self.headers.clone())
                 .max_decoding_message_size(MESSAGE_LIMIT)
         })*
     };
@@ -74,12 +115,19 @@ impl Client {
         diff: DiffClient,
         events: EventsClient,
         gc: GcClient,
+        image_care: ImageCareClient,
         images: ImagesClient,
         introspection: IntrospectionClient,
+        journal: JournalClient,
         leases: LeasesClient,
         namespaces: NamespacesClient,
+        registry: RegistryClient,
+        sandbox_controller: ControllerClient,
+        sandboxes: StoreClient,
         snapshots: SnapshotsClient,
+        streaming: StreamingClient,
         tasks: TasksClient,
+        transfer: TransferClient,
         version: VersionClient,
     }
 
@@ -157,12 +205,18 @@ impl Client {
 pub(crate) struct Failure {
     tried: String,
     status: Status,
+    remedy: Option<String>,
 }
 
 impl Failure {
     /// `tried` completes "cannot …".
     pub(crate) fn new(tried: impl Into<String>, status: Status) -> Failure {
-        Failure { tried: tried.into(), status }
+        Failure { tried: tried.into(), status, remedy: None }
+    }
+
+    /// The same, with what to do about it.
+    pub(crate) fn with_remedy(self, remedy: String) -> Failure {
+        Failure { remedy: Some(remedy), ..self }
     }
 }
 
@@ -180,13 +234,13 @@ impl fmt::Display for Failure {
             Code::ResourceExhausted => "resource exhausted",
             Code::DeadlineExceeded => "deadline exceeded",
             Code::OutOfRange => "out of range",
-            _ => return Ok(()),
+            _ => "",
         };
         // Many messages end with their class already.
-        match self.status.message().ends_with(class) {
-            true => Ok(()),
-            false => write!(f, " ({class})"),
+        if !self.status.message().ends_with(class) {
+            write!(f, " ({class})")?;
         }
+        self.remedy.iter().try_for_each(|remedy| write!(f, "; {remedy}"))
     }
 }
 

@@ -9,15 +9,16 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use oci::Platform;
-use oci::image::{ContainerDefaults, ImageConfig};
+use oci::image::{ContainerDefaults, Descriptor, ImageConfig};
 use oci::platform::Matcher;
-use oci::runtime::{Device, Rlimit, Spec};
+use oci::runtime::{Device, IdMapping, Rlimit, Spec};
 use oci::spec::{ALL_CAPABILITIES, parse_mount};
 use proto::containerd::runc::v1::Options;
 use proto::containerd::services::containers::v1::container::Runtime;
 use proto::containerd::services::containers::v1::{
     Container, CreateContainerRequest, DeleteContainerRequest, GetContainerRequest,
 };
+use proto::containerd::services::introspection::v1::PluginsRequest;
 use proto::containerd::services::snapshots::v1::{
     MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
 };
@@ -32,7 +33,7 @@ use crate::stdio::Addresses;
 use crate::{image, lease, rootfs, unpack};
 
 /// The runtime whose options `--runc-binary` and its like set.
-const RUNC: &str = "io.containerd.runc.v2";
+pub(crate) const RUNC: &str = "io.containerd.runc.v2";
 
 /// Label that tells `tasks kill` which signal the image wants.
 pub(crate) const STOP_SIGNAL_LABEL: &str = "io.containerd.image.config.stop-signal";
@@ -105,9 +106,9 @@ pub(crate) struct SpecArgs {
     /// Number of CPUs' time, as 1.5
     #[arg(long, conflicts_with_all = ["cpu_quota", "cpu_period"])]
     cpus: Option<f64>,
-    /// Relative CPU weight
-    #[arg(long, value_name = "WEIGHT", default_value_t = 1024)]
-    cpu_shares: u64,
+    /// Relative CPU weight [default: 1024 for run]
+    #[arg(long, value_name = "WEIGHT")]
+    pub(crate) cpu_shares: Option<u64>,
     /// CPU time per period, in microseconds
     #[arg(long, value_name = "MICROSECONDS", allow_negative_numbers = true)]
     cpu_quota: Option<i64>,
@@ -135,6 +136,18 @@ pub(crate) struct SpecArgs {
     /// Drop a capability, as CAP_CHOWN
     #[arg(long, value_name = "CAPABILITY")]
     cap_drop: Vec<String>,
+    /// Confine system calls by a profile, containerd's default one unless --seccomp-profile names another
+    #[arg(long)]
+    seccomp: bool,
+    /// Confine system calls as this file says, the seccomp part of a runtime spec
+    #[arg(long, value_name = "FILE", requires = "seccomp")]
+    seccomp_profile: Option<PathBuf>,
+    /// Confine the process by an AppArmor profile that is loaded
+    #[arg(long, value_name = "PROFILE")]
+    apparmor_profile: Option<String>,
+    /// Class of Intel RDT, for cache and memory bandwidth
+    #[arg(long, value_name = "CLASS")]
+    rdt_class: Option<String>,
     /// Add a device, or all devices in a folder
     #[arg(long, value_name = "PATH")]
     device: Vec<PathBuf>,
@@ -153,6 +166,35 @@ pub(crate) struct SpecArgs {
     /// Sandbox to create the container in
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
     sandbox: String,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
+    #[command(flatten)]
+    snapshotter: Snapshotter,
+    /// Write the snapshotter's file system to disk after each layer that is unpacked
+    #[arg(long)]
+    sync_fs: bool,
+    /// Label the container's snapshot
+    #[arg(long, value_name = "KEY=VALUE")]
+    snapshotter_label: Vec<String>,
+    /// Run in a user namespace with these users: container-id:host-id:size
+    #[arg(long, value_name = "MAPPING", value_delimiter = ',', requires = "gidmap", value_parser = parse_mapping)]
+    #[arg(conflicts_with_all = ["config", "rootfs"])]
+    uidmap: Vec<IdMapping>,
+    /// Run in a user namespace with these groups: container-id:host-id:size
+    #[arg(long, value_name = "MAPPING", value_delimiter = ',', requires = "uidmap", value_parser = parse_mapping)]
+    gidmap: Vec<IdMapping>,
+    /// Leave the owners of the image's files to the snapshotter, whatever it says that it can
+    #[arg(long, requires = "uidmap")]
+    remap_labels: bool,
+}
+
+fn parse_mapping(text: &str) -> Result<IdMapping, String> {
+    oci::spec::parse_id_mapping(text).map_err(|error| error.to_string())
+}
+
+/// Which runtime, and how it is set.
+#[derive(Debug, Args)]
+pub(crate) struct RuntimeArgs {
     /// Runtime by name, or by absolute path of the shim [default: the namespace's, else io.containerd.runc.v2]
     #[arg(long, value_name = "NAME")]
     runtime: Option<String>,
@@ -166,13 +208,8 @@ pub(crate) struct SpecArgs {
     #[arg(long, value_name = "FOLDER")]
     runc_root: Option<String>,
     /// Let systemd make the cgroup
-    #[arg(long, requires = "cgroup")]
+    #[arg(long)]
     runc_systemd_cgroup: bool,
-    #[command(flatten)]
-    snapshotter: Snapshotter,
-    /// Label the container's snapshot
-    #[arg(long, value_name = "KEY=VALUE")]
-    snapshotter_label: Vec<String>,
 }
 
 fn parse_platform(text: &str) -> Result<Platform, String> {
@@ -222,7 +259,8 @@ pub(crate) async fn create(client: &Client, args: &SpecArgs) -> anyhow::Result<C
     let positions = args.positions()?;
     // Everything that can be wrong with the flags alone is found before anything is made.
     let mut spec = base_spec(client, args, &positions)?;
-    let runtime = runtime(client, args).await?;
+    let cgroup = args.cgroup.as_ref().is_some_and(|path| !path.is_empty());
+    let runtime = args.runtime.resolve(client, cgroup).await?;
     let mut container = Container {
         id: positions.id.to_owned(),
         labels: labels(&args.label),
@@ -260,7 +298,7 @@ pub(crate) async fn create(client: &Client, args: &SpecArgs) -> anyhow::Result<C
         let resolved = image::resolve(&client, &image::target(&found)?, &matcher, &platform)
             .await
             .with_context(|| format!("cannot run image {}", found.name))?;
-        let top = unpack::unpack(&client, &resolved, &snapshotter, &Progress::new()).await?;
+        let top = unpack::unpack(&client, &resolved, &snapshotter, args.sync_fs, &Progress::new()).await?;
         container.image = found.name;
         container.labels = container_labels(&found.labels, &resolved.config, &args.label);
         let key = container.id.clone();
@@ -276,8 +314,8 @@ pub(crate) async fn create(client: &Client, args: &SpecArgs) -> anyhow::Result<C
                     spec.set_args(positions.command);
                 }
                 let user = args.user.clone().unwrap_or_else(|| defaults.user.clone());
-                let resolved =
-                    tokio::task::spawn_blocking(move || rootfs::resolve_in_mounts(mounts, &user)).await??;
+                let resolved = tokio::task::spawn_blocking(move || rootfs::resolve_in_mounts(mounts, &user));
+                let resolved = shim_api::trace::span("look the user up", resolved).await??;
                 spec.set_user(resolved);
                 finish_spec(spec, args)?;
             }
@@ -329,6 +367,9 @@ fn base_spec(client: &Client, args: &SpecArgs, positions: &Positions<'_>) -> any
 
 /// The flags that go on top of what the image says.
 fn finish_spec(spec: &mut Spec, args: &SpecArgs) -> anyhow::Result<()> {
+    if !args.uidmap.is_empty() {
+        spec.set_user_namespace(args.uidmap.clone(), args.gidmap.clone());
+    }
     if args.read_only {
         spec.set_readonly_root();
     }
@@ -352,6 +393,23 @@ fn finish_spec(spec: &mut Spec, args: &SpecArgs) -> anyhow::Result<()> {
     spec.add_annotations(labels(&args.label));
     spec.add_capabilities(&args.cap_add)?;
     spec.drop_capabilities(&args.cap_drop)?;
+    if let Some(path) = &args.seccomp_profile {
+        let bytes =
+            std::fs::read(path).with_context(|| format!("cannot read seccomp profile {}", path.display()))?;
+        let profile: serde_json::Value = serde_json::from_slice(&bytes)
+            .with_context(|| format!("{} is not a seccomp profile", path.display()))?;
+        spec.linux_mut().seccomp = Some(profile);
+    } else if args.seccomp {
+        // After the capabilities, which decide what it allows.
+        spec.set_default_seccomp();
+    }
+    if let Some(profile) = &args.apparmor_profile {
+        spec.process_mut().apparmor_profile.clone_from(profile);
+    }
+    if let Some(class) = &args.rdt_class {
+        let extra = &mut spec.linux_mut().extra;
+        extra.insert("intelRdt".to_owned(), serde_json::json!({"closID": class}));
+    }
     if let Some(cpus) = args.cpus.filter(|cpus| *cpus != 0.0) {
         spec.set_cpus(cpus)?;
     }
@@ -364,8 +422,8 @@ fn finish_spec(spec: &mut Spec, args: &SpecArgs) -> anyhow::Result<()> {
     if !args.cpuset_cpus.is_empty() || !args.cpuset_mems.is_empty() {
         spec.set_cpuset(&args.cpuset_cpus, &args.cpuset_mems);
     }
-    if args.cpu_shares > 0 {
-        spec.set_cpu_shares(args.cpu_shares);
+    if let Some(shares) = args.cpu_shares.filter(|shares| *shares > 0) {
+        spec.set_cpu_shares(shares);
     }
     if let Some(limit) = args.memory_limit.filter(|limit| *limit > 0) {
         spec.set_memory_limit(limit)?;
@@ -399,31 +457,42 @@ fn finish_spec(spec: &mut Spec, args: &SpecArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn runtime(client: &Client, args: &SpecArgs) -> anyhow::Result<Runtime> {
-    let name = match &args.runtime {
-        Some(name) => name.clone(),
-        None => client.default_of("runtime", RUNC).await?,
-    };
-    let options = if name == RUNC {
-        Some(proto::any::pack(&Options {
-            binary_name: args.runc_binary.clone().unwrap_or_default(),
-            root: args.runc_root.clone().unwrap_or_default(),
-            systemd_cgroup: args.runc_systemd_cgroup,
-            ..Options::default()
-        }))
-    } else {
+impl RuntimeArgs {
+    /// What goes into a record; `cgroup` says whether a cgroup was named, as systemd needs.
+    pub(crate) async fn resolve(&self, client: &Client, cgroup: bool) -> anyhow::Result<Runtime> {
+        let name = match &self.runtime {
+            Some(name) => name.clone(),
+            None => client.default_of("runtime", RUNC).await?,
+        };
         ensure!(
-            args.runc_binary.is_none() && !args.runc_systemd_cgroup,
+            cgroup || !self.runc_systemd_cgroup,
+            "--runc-systemd-cgroup needs a --cgroup such as machine.slice:gantry:NAME"
+        );
+        let options = self.options(&name)?;
+        Ok(Runtime { name, options })
+    }
+
+    /// The options of the runtime of this name.
+    pub(crate) fn options(&self, name: &str) -> anyhow::Result<Option<prost_types::Any>> {
+        if name == RUNC {
+            return Ok(Some(proto::any::pack(&Options {
+                binary_name: self.runc_binary.clone().unwrap_or_default(),
+                root: self.runc_root.clone().unwrap_or_default(),
+                systemd_cgroup: self.runc_systemd_cgroup,
+                ..Options::default()
+            })));
+        }
+        ensure!(
+            self.runc_binary.is_none() && !self.runc_systemd_cgroup,
             "--runc-binary and --runc-systemd-cgroup are for runtime {RUNC}, not {name}"
         );
-        args.runtime_config_path.as_ref().map(|path| {
+        Ok(self.runtime_config_path.as_ref().map(|path| {
             proto::any::pack(&proto::runtimeoptions::v1::Options {
                 config_path: path.clone(),
                 ..Default::default()
             })
-        })
-    };
-    Ok(Runtime { name, options })
+        }))
+    }
 }
 
 /// Labels of a container: the image record's and its config's, then those of the command line.
@@ -434,15 +503,10 @@ fn container_labels(
     config: &ImageConfig,
     flags: &[String],
 ) -> BTreeMap<String, String> {
-    let reserved = |key: &str| {
-        ["containerd.io/", "io.containerd.", "io.cri-containerd.", "io.kubernetes.cri.", "gantry."]
-            .iter()
-            .any(|prefix| key.starts_with(prefix))
-    };
     let mut all: BTreeMap<String, String> = BTreeMap::new();
     for (key, value) in config.config.labels.iter().chain(image) {
         let usable = !key.is_empty() && key.len() + value.len() <= LABEL_LIMIT;
-        if usable && !reserved(key) {
+        if usable && !oci::image::is_reserved_label(key) {
             all.insert(key.clone(), value.clone());
         }
     }
@@ -460,14 +524,30 @@ async fn prepare(
     parent: String,
     args: &SpecArgs,
 ) -> anyhow::Result<Vec<Mount>> {
-    let request = PrepareSnapshotRequest {
-        snapshotter: snapshotter.to_owned(),
-        key: key.to_owned(),
-        parent,
-        labels: labels(&args.snapshotter_label),
-    };
+    let mut labels = labels(&args.snapshotter_label);
+    if !args.uidmap.is_empty() {
+        ensure!(
+            args.remap_labels || can(client, snapshotter, "remap-ids").await?,
+            "snapshotter {snapshotter} cannot give an image's files other owners, which --uidmap needs; try overlayfs"
+        );
+        for (label, mappings) in [("uidmapping", &args.uidmap), ("gidmapping", &args.gidmap)] {
+            let text = |of: &IdMapping| format!("{}:{}:{}", of.container_id, of.host_id, of.size);
+            let mappings: Vec<String> = mappings.iter().map(text).collect();
+            labels.insert(format!("containerd.io/snapshot/{label}"), mappings.join(","));
+        }
+    }
+    let request =
+        PrepareSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned(), parent, labels };
     let prepared = client.snapshots().prepare(request).await.tried(|| format!("prepare snapshot {key}"))?;
     Ok(prepared.mounts)
+}
+
+/// Whether the engine says that a snapshotter has this capability.
+async fn can(client: &Client, snapshotter: &str, capability: &str) -> anyhow::Result<bool> {
+    let filter = format!("type==io.containerd.snapshotter.v1,id=={snapshotter}");
+    let request = PluginsRequest { filters: vec![filter] };
+    let answered = client.introspection().plugins(request).await.tried(|| "list plugins")?;
+    Ok(answered.plugins.iter().any(|plugin| plugin.capabilities.iter().any(|has| has == capability)))
 }
 
 async fn record(client: &Client, mut container: Container, spec: Document) -> anyhow::Result<Container> {
@@ -476,13 +556,19 @@ async fn record(client: &Client, mut container: Container, spec: Document) -> an
         Document::Given(bytes) => bytes,
     };
     container.spec = Some(proto::any::wrap(proto::any::SPEC, bytes));
+    put(client, container).await
+}
+
+/// Makes the record of a container.
+pub(crate) async fn put(client: &Client, container: Container) -> anyhow::Result<Container> {
     let id = container.id.clone();
     let request = CreateContainerRequest { container: Some(container) };
     let created = client.containers().create(request).await.tried(|| format!("create container {id}"))?;
     Ok(created.container.unwrap_or_default())
 }
 
-async fn remove_snapshot(client: &Client, snapshotter: &str, key: &str) -> anyhow::Result<()> {
+/// Removes a snapshot, if it is there.
+pub(crate) async fn remove_snapshot(client: &Client, snapshotter: &str, key: &str) -> anyhow::Result<()> {
     let request = RemoveSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
     match client.snapshots().remove(request).await {
         Ok(_) => Ok(()),
@@ -512,12 +598,19 @@ pub(crate) async fn delete(
     container: &Container,
     keep_snapshot: bool,
 ) -> anyhow::Result<()> {
-    if !keep_snapshot && !container.snapshot_key.is_empty() {
-        remove_snapshot(client, &container.snapshotter, &container.snapshot_key).await?;
-    }
-    let request = DeleteContainerRequest { id: container.id.clone() };
-    client.containers().delete(request).await.tried(|| format!("delete container {}", container.id))?;
-    Ok(())
+    let snapshot = async {
+        if keep_snapshot || container.snapshot_key.is_empty() {
+            return Ok(());
+        }
+        remove_snapshot(client, &container.snapshotter, &container.snapshot_key).await
+    };
+    let mut containers = client.containers();
+    let record = containers.delete(DeleteContainerRequest { id: container.id.clone() });
+    // At the same time, as each waits for the disk. A snapshot that stays because its removal fails is held by nothing
+    // without the record, and goes with a collection.
+    let (snapshot, record) = tokio::join!(snapshot, record);
+    record.tried(|| format!("delete container {}", container.id))?;
+    snapshot
 }
 
 /// The mounts of a container's root file system; none where it brings its own.
@@ -531,12 +624,13 @@ pub(crate) async fn mounts(client: &Client, container: &Container) -> anyhow::Re
     Ok(answer.tried(|| format!("get the mounts of snapshot {}", container.snapshot_key))?.mounts)
 }
 
-/// Creates the task of a container and returns its process id.
+/// Creates the task of a container, from the processes of a checkpoint if that is given, and returns its process id.
 pub(crate) async fn create_task(
     client: &Client,
     container: &Container,
     streams: Addresses,
     no_pivot: bool,
+    checkpoint: Option<&Descriptor>,
 ) -> anyhow::Result<u32> {
     let options = match no_pivot {
         // A request's options replace the container's, so those are carried over.
@@ -555,6 +649,7 @@ pub(crate) async fn create_task(
         stdout: streams.stdout,
         stderr: streams.stderr,
         terminal: streams.terminal,
+        checkpoint: checkpoint.map(image::wire),
         options,
         ..CreateTaskRequest::default()
     };

@@ -2,13 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use oci::Digest;
+use oci::image::Descriptor;
 use proto::containerd::services::content::v1::{
-    AbortRequest, Info, InfoRequest, ReadContentRequest, UpdateRequest, WriteAction, WriteContentRequest,
+    AbortRequest, Info, InfoRequest, ListContentRequest, ReadContentRequest, ReadContentResponse,
+    UpdateRequest, WriteAction, WriteContentRequest,
 };
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
@@ -18,6 +22,8 @@ use crate::lease::unique;
 
 /// How much one message of a write carries. Engines take 4 MiB at least.
 pub(crate) const CHUNK: usize = 1 << 20;
+/// How long the engine may take to end a write that was given up.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Reads a whole blob of at most `limit` bytes, and checks its digest.
 pub(crate) async fn read(client: &Client, digest: &Digest, limit: u64) -> anyhow::Result<Vec<u8>> {
@@ -49,6 +55,29 @@ pub(crate) async fn info(client: &Client, digest: &Digest) -> anyhow::Result<Opt
     }
 }
 
+/// What the store knows of all blobs that match a filter.
+pub(crate) async fn list(client: &Client, filters: Vec<String>) -> anyhow::Result<Vec<Info>> {
+    let mut stream = client.content().list(ListContentRequest { filters }).await.tried(|| "list content")?;
+    let mut blobs = Vec::new();
+    while let Some(part) = stream.message().await.map_err(|status| Failure::new("list content", status))? {
+        blobs.extend(part.info);
+    }
+    Ok(blobs)
+}
+
+/// Copies a blob to stdout.
+pub(crate) async fn to_stdout(client: &Client, digest: &str) -> anyhow::Result<()> {
+    use std::io::Write;
+    let what = || format!("read content {digest}");
+    let request = ReadContentRequest { digest: digest.to_owned(), offset: 0, size: 0 };
+    let mut stream = client.content().read(request).await.tried(what)?;
+    while let Some(part) = stream.message().await.map_err(|status| Failure::new(what(), status))? {
+        std::io::stdout().write_all(&part.data)?;
+    }
+    std::io::stdout().flush()?;
+    Ok(())
+}
+
 /// Sets labels of a blob, leaving others as they are.
 pub(crate) async fn set_labels(
     client: &Client,
@@ -62,6 +91,24 @@ pub(crate) async fn set_labels(
     };
     let updated = client.content().update(request).await.tried(|| format!("label content {digest}"))?;
     Ok(updated.info.unwrap_or_default().labels)
+}
+
+/// Takes the labels off a blob by which it keeps layers; their names.
+pub(crate) async fn release_layers(client: &Client, digest: &Digest) -> anyhow::Result<Vec<String>> {
+    let labels = info(client, digest).await?.unwrap_or_default().labels;
+    let keeping: Vec<String> = labels.into_keys().filter(|key| keeps_layer(key)).collect();
+    if !keeping.is_empty() {
+        let cleared = keeping.iter().map(|key| (key.clone(), String::new())).collect();
+        set_labels(client, digest, cleared).await?;
+    }
+    Ok(keeping)
+}
+
+/// Whether a label of this key keeps a layer: `l.N`, and the bare numbers of before (0 was the config).
+pub(crate) fn keeps_layer(key: &str) -> bool {
+    let Some(rest) = key.strip_prefix("containerd.io/gc.ref.content.") else { return false };
+    rest.starts_with("l.")
+        || rest != "0" && rest.bytes().all(|byte| byte.is_ascii_digit()) && !rest.is_empty()
 }
 
 /// Writes bytes that are in memory.
@@ -96,14 +143,6 @@ pub(crate) struct Wanted {
     pub(crate) labels: BTreeMap<String, String>,
 }
 
-/// How a write ended.
-pub(crate) struct Written {
-    pub(crate) digest: Digest,
-    pub(crate) size: u64,
-    /// The store had the blob already.
-    pub(crate) existed: bool,
-}
-
 /// Streams `source` into the store and commits it. Blocks: call it off the runtime's own threads.
 ///
 /// A blob that turns out wrong in size or digest is not committed, and its ingest is aborted.
@@ -112,7 +151,7 @@ pub(crate) fn write(
     source: &mut dyn Read,
     wanted: &Wanted,
     mut advance: impl FnMut(u64),
-) -> anyhow::Result<Written> {
+) -> anyhow::Result<Digest> {
     let runtime = tokio::runtime::Handle::current();
     let reference = wanted.reference.clone().unwrap_or_else(|| unique("ctr-ingest"));
     let what = wanted.digest.as_ref().map(Digest::to_string);
@@ -183,12 +222,8 @@ pub(crate) fn write(
             }
             drop(sender);
             match runtime.block_on(answers)? {
-                Ok(Some(answer)) if answer.action == WriteAction::Commit as i32 => {
-                    Ok(Written { digest, size, existed: false })
-                }
-                Err(status) if status.code() == Code::AlreadyExists => {
-                    Ok(Written { digest, size, existed: true })
-                }
+                Ok(Some(answer)) if answer.action == WriteAction::Commit as i32 => Ok(digest),
+                Err(status) if status.code() == Code::AlreadyExists => Ok(digest),
                 Ok(_) => {
                     Err(anyhow::anyhow!("cannot write content {what}: the engine hung up before the commit"))
                 }
@@ -196,7 +231,9 @@ pub(crate) fn write(
             }
         }
         Err(error) => {
-            answers.abort();
+            // The engine sees the end of the write before the abort: an ingest that it makes later would stay.
+            drop(sender);
+            let _ = runtime.block_on(async { tokio::time::timeout(PATIENCE, answers).await });
             Err(error)
         }
     };
@@ -219,4 +256,77 @@ fn fill(source: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize> {
         }
     }
     Ok(filled)
+}
+
+/// A blob as it comes from the engine, checked at its end. Blocks: to be read off the runtime's own threads.
+pub(crate) struct Blob {
+    stream: tonic::Streaming<ReadContentResponse>,
+    pending: Bytes,
+    descriptor: Descriptor,
+    /// Until the end.
+    hasher: Option<oci::Hasher>,
+}
+
+impl Blob {
+    /// Begins to read.
+    pub(crate) fn open(client: &Client, descriptor: &Descriptor) -> anyhow::Result<Blob> {
+        let request = ReadContentRequest { digest: descriptor.digest.to_string(), offset: 0, size: 0 };
+        let stream = Handle::current()
+            .block_on(client.content().read(request))
+            .map_err(|status| Failure::new(format!("read content {}", descriptor.digest), status))?
+            .into_inner();
+        let hasher = descriptor.digest.algorithm().hasher();
+        Ok(Blob { stream, pending: Bytes::new(), descriptor: descriptor.clone(), hasher: Some(hasher) })
+    }
+
+    /// Whether what was read, which is all there is, is the blob.
+    fn check(&mut self) -> std::io::Result<usize> {
+        let wanted = &self.descriptor.digest;
+        match self.hasher.take().map(oci::Hasher::finish) {
+            Some(found) if found != *wanted => Err(std::io::Error::other(format!(
+                "content {wanted} is damaged in the store: its bytes have digest {found}"
+            ))),
+            _ => Ok(0),
+        }
+    }
+}
+
+impl Read for Blob {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        while self.pending.is_empty() {
+            match Handle::current().block_on(self.stream.message()) {
+                Ok(Some(part)) => self.pending = part.data,
+                Ok(None) => return self.check(),
+                Err(status) => return Err(std::io::Error::other(status.message().to_owned())),
+            }
+        }
+        let count = buffer.len().min(self.pending.len());
+        let part = self.pending.split_to(count);
+        buffer[..count].copy_from_slice(&part);
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(&part);
+        }
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_that_keep_layers_are_known() {
+        for (rest, keeps) in [
+            ("l.0", true),
+            ("l.12", true),
+            ("3", true),
+            ("0", false),
+            ("", false),
+            ("config", false),
+            ("m.0", false),
+        ] {
+            assert_eq!(keeps_layer(&format!("containerd.io/gc.ref.content.{rest}")), keeps, "{rest}");
+        }
+        assert!(!keeps_layer("containerd.io/uncompressed"));
+    }
 }

@@ -1,16 +1,17 @@
 //! From an image's name to what it is made of: target, manifest for a platform, config, layers.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use anyhow::{Context, bail};
 use oci::image::{
     CONFIG_LIMIT, Descriptor, ImageConfig, Index, Kind, MANIFEST_LIMIT, Manifest, kind_of, media_type,
 };
 use oci::platform::Matcher;
-use oci::{Digest, Platform};
-use proto::containerd::services::images::v1::{GetImageRequest, Image};
+use oci::{Digest, Platform, Reference};
+use proto::containerd::services::images::v1::{GetImageRequest, Image, ListImagesRequest};
+use tonic::Code;
 
-use crate::client::{Client, Tried};
+use crate::client::{Client, Failure, Tried};
 use crate::content;
 
 /// How deep indexes may be nested in one another.
@@ -31,25 +32,49 @@ impl Resolved {
 
 /// The record of an image by name.
 pub(crate) async fn get(client: &Client, name: &str) -> anyhow::Result<Image> {
-    let request = GetImageRequest { name: name.to_owned() };
-    let response = client.images().get(request).await.tried(|| {
-        format!(
-            "find image {name:?} in namespace {} (`ctr images ls` lists what is there)",
-            client.namespace()
-        )
-    })?;
-    response.image.with_context(|| format!("the engine's answer about image {name:?} is empty"))
+    let what = || format!("find image {name:?} in namespace {}", client.namespace());
+    let request = |name: &str| GetImageRequest { name: name.to_owned() };
+    let status = match client.images().get(request(name)).await {
+        Ok(response) => {
+            let found = response.into_inner().image;
+            return found.with_context(|| format!("the engine's answer about image {name:?} is empty"));
+        }
+        Err(status) => status,
+    };
+    if status.code() != Code::NotFound {
+        return Err(Failure::new(what(), status).into());
+    }
+    let full = Reference::parse_normalized(name).map(|name| name.with_default_tag().to_string());
+    let full = full.ok().filter(|full| full != name);
+    let remedy = match full {
+        Some(full) if client.images().get(request(&full)).await.is_ok() => {
+            format!("there is {full}; name it in full")
+        }
+        full => format!(
+            "get it with `ctr images pull {}`; `ctr images ls` lists what is there",
+            full.as_deref().unwrap_or(name)
+        ),
+    };
+    Err(Failure::new(what(), status).with_remedy(remedy).into())
+}
+
+/// The records of all images that match a filter.
+pub(crate) async fn list(client: &Client, filters: Vec<String>) -> anyhow::Result<Vec<Image>> {
+    Ok(client.images().list(ListImagesRequest { filters }).await.tried(|| "list images")?.images)
 }
 
 /// What an image record points at.
 pub(crate) fn target(image: &Image) -> anyhow::Result<Descriptor> {
     let target = image.target.clone().unwrap_or_default();
-    let digest = Digest::parse(&target.digest)
-        .with_context(|| format!("image {} has no usable target", image.name))?;
-    let size = u64::try_from(target.size).unwrap_or(0);
+    descriptor(&target).with_context(|| format!("image {} has no usable target", image.name))
+}
+
+/// A descriptor that the API gave.
+pub(crate) fn descriptor(wire: &proto::containerd::types::Descriptor) -> anyhow::Result<Descriptor> {
+    let size = u64::try_from(wire.size).unwrap_or(0);
     Ok(Descriptor {
-        annotations: target.annotations.into_iter().collect(),
-        ..Descriptor::new(&target.media_type, digest, size)
+        annotations: wire.annotations.clone(),
+        ..Descriptor::new(&wire.media_type, Digest::parse(&wire.digest)?, size)
     })
 }
 
@@ -70,29 +95,36 @@ pub(crate) async fn resolve(
     matcher: &Matcher,
     wanted: &Platform,
 ) -> anyhow::Result<Resolved> {
+    let manifest = manifest(client, target, matcher, wanted).await?;
+    let config = config_of(client, &manifest).await?;
+    // An index may leave its entries without platform; then the config has the word.
+    if !matcher.matches(&config.platform) && !config.platform.os.is_empty() {
+        bail!(
+            "the image is for platform {}, not {wanted}; choose it with --platform {}",
+            config.platform,
+            config.platform
+        );
+    }
+    Ok(Resolved { manifest, config })
+}
+
+/// Finds the best manifest under `target` for what `matcher` wants; its config may be for another platform.
+pub(crate) async fn manifest(
+    client: &Client,
+    target: &Descriptor,
+    matcher: &Matcher,
+    wanted: &Platform,
+) -> anyhow::Result<Manifest> {
     let mut descriptor = target.clone();
     for _ in 0..=DEPTH_LIMIT {
         let bytes = content::read(client, &descriptor.digest, MANIFEST_LIMIT).await?;
         match kind_of(&bytes)? {
-            Kind::Manifest => {
-                let manifest = Manifest::parse(&bytes)?;
-                let config = config_of(client, &manifest).await?;
-                // An index may leave its entries without platform; then the config has the word.
-                if !matcher.matches(&config.platform) && !config.platform.os.is_empty() {
-                    bail!(
-                        "the image is for platform {}, not {wanted}; choose it with --platform {}",
-                        config.platform,
-                        config.platform
-                    );
-                }
-                return Ok(Resolved { manifest, config });
-            }
+            Kind::Manifest => return Ok(Manifest::parse(&bytes)?),
             Kind::Index => {
                 let index = Index::parse(&bytes)?;
-                let mut candidates = index.select(matcher);
                 // An import may have left other platforms' manifests out.
                 let mut present = None;
-                for candidate in candidates.drain(..) {
+                for candidate in index.select(matcher) {
                     if content::info(client, &candidate.digest).await?.is_some() {
                         present = Some(candidate.clone());
                         break;
@@ -189,26 +221,4 @@ pub(crate) async fn survey(
         stack.extend(children.into_iter().rev().map(|child| (child, depth + 1, false)));
     }
     Ok(survey)
-}
-
-/// The labels that keep a document's children: `m.0…` for manifests, `config` and `l.0…` for a manifest's own.
-pub(crate) fn reference_labels(bytes: &[u8], matcher: &Matcher) -> anyhow::Result<BTreeMap<String, String>> {
-    const PREFIX: &str = "containerd.io/gc.ref.content";
-    let mut labels = BTreeMap::new();
-    match kind_of(bytes)? {
-        Kind::Index => {
-            let index = Index::parse(bytes)?;
-            for (number, entry) in index.select(matcher).into_iter().enumerate() {
-                labels.insert(format!("{PREFIX}.m.{number}"), entry.digest.to_string());
-            }
-        }
-        Kind::Manifest => {
-            let manifest = Manifest::parse(bytes)?;
-            labels.insert(format!("{PREFIX}.config"), manifest.config.digest.to_string());
-            for (number, layer) in manifest.layers.iter().enumerate() {
-                labels.insert(format!("{PREFIX}.l.{number}"), layer.digest.to_string());
-            }
-        }
-    }
-    Ok(labels)
 }

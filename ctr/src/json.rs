@@ -25,10 +25,16 @@ pub(crate) fn print_list<M: prost::Name>(messages: &[M]) -> anyhow::Result<()> {
 
 /// Prints JSON, indented.
 pub(crate) fn print(value: &Value) -> anyhow::Result<()> {
+    crate::output::print(&text(value)?)
+}
+
+/// JSON, indented, with a line's end.
+pub(crate) fn text(value: &Value) -> anyhow::Result<String> {
     let mut out = Vec::new();
     let indent = serde_json::ser::PrettyFormatter::with_indent(b"    ");
     serde::Serialize::serialize(value, &mut serde_json::Serializer::with_formatter(&mut out, indent))?;
-    crate::output::line(String::from_utf8_lossy(&out))
+    out.push(b'\n');
+    Ok(String::from_utf8(out)?)
 }
 
 /// The content of an `Any`.

@@ -5,9 +5,10 @@ use std::time::{Duration, SystemTime};
 use proto::containerd::services::leases::v1::{CreateRequest, DeleteRequest};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::client::{Client, Tried};
+use crate::transfer::Interrupted;
 
 /// How long a lease lives when ctr dies before it ends it.
 const EXPIRY: Duration = Duration::from_secs(24 * 3600);
@@ -30,11 +31,8 @@ pub(crate) async fn within<T, F: Future<Output = anyhow::Result<T>>>(
     let created = client.leases().create(CreateRequest { id, labels }).await.tried(|| "create a lease")?;
     let id = created.lease.unwrap_or_default().id;
     let leased = client.with_lease(&id)?;
-    let result = tokio::select! {
-        result = work(leased) => result,
-        // What is half made has no name yet: without the lease it goes with the next collection.
-        interrupted = interruption() => interrupted.and_then(|()| Err(anyhow::anyhow!("interrupted"))),
-    };
+    // What is half made has no name yet: without the lease it goes with the next collection.
+    let result = unless_interrupted(work(leased)).await;
     let ended = client.leases().delete(DeleteRequest { id: id.clone(), sync: false }).await;
     match (result, ended.tried(|| format!("delete lease {id}"))) {
         (Ok(value), Ok(())) => Ok(value),
@@ -42,15 +40,39 @@ pub(crate) async fn within<T, F: Future<Output = anyhow::Result<T>>>(
     }
 }
 
-/// Resolves when ctr is asked to end.
-async fn interruption() -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+/// Does `work` unless ctr is asked to end before it is done: then the caller can still clean up.
+pub(crate) async fn unless_interrupted<T>(
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let mut interruption = Interruption::listen()?;
     tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        result = work => result,
+        signal = interruption.next() => Err(Interrupted { signal, note: "" }.into()),
     }
-    Ok(())
+}
+
+/// The signals by which ctr is asked to end.
+pub(crate) struct Interruption {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Interruption {
+    /// From now on they do not end ctr by themselves.
+    pub(crate) fn listen() -> anyhow::Result<Interruption> {
+        Ok(Interruption {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// The next one's number.
+    pub(crate) async fn next(&mut self) -> u8 {
+        tokio::select! {
+            _ = self.terminate.recv() => 15,
+            _ = self.interrupt.recv() => 2,
+        }
+    }
 }
 
 /// A name nobody else uses: prefix, process and time.

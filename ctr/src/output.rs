@@ -90,6 +90,24 @@ pub(crate) fn bytes(size: i64) -> String {
     }
 }
 
+/// A size as containerd's ctr writes it of blobs: `1.059MB`, in powers of ten and with four digits.
+pub(crate) fn decimal_bytes(size: i64) -> String {
+    const UNITS: [&str; 6] = ["B", "kB", "MB", "GB", "TB", "PB"];
+    let mut value = size as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let decimals = match value {
+        100.0.. => 1,
+        10.0.. => 2,
+        _ => 3,
+    };
+    let digits = format!("{value:.decimals$}");
+    format!("{}{}", digits.trim_end_matches('0').trim_end_matches('.'), UNITS[unit])
+}
+
 /// A time in RFC 3339, or `-`.
 pub(crate) fn time(timestamp: Option<&Timestamp>) -> String {
     let exact = || {
@@ -97,6 +115,11 @@ pub(crate) fn time(timestamp: Option<&Timestamp>) -> String {
         OffsetDateTime::from(time).format(&Rfc3339).ok()
     };
     exact().unwrap_or_else(|| "-".to_owned())
+}
+
+/// The same without the fraction of a second.
+pub(crate) fn seconds(timestamp: Option<&Timestamp>) -> String {
+    time(timestamp.map(|timestamp| Timestamp { nanos: 0, ..*timestamp }).as_ref())
 }
 
 /// How long ago, in words: `About a minute`, `3 hours`.
@@ -139,6 +162,16 @@ mod tests {
         assert_eq!(bytes(0), "0.0 B");
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(bytes(3 << 20), "3.0 MiB");
+        for (size, text) in [
+            (0, "0B"),
+            (423, "423B"),
+            (1000, "1kB"),
+            (1_059_321, "1.059MB"),
+            (364_500, "364.5kB"),
+            (20_000_000, "20MB"),
+        ] {
+            assert_eq!(decimal_bytes(size), text);
+        }
         let ago = |seconds| {
             let time = std::time::SystemTime::now() - std::time::Duration::from_secs(seconds);
             age(Some(&proto::time::timestamp(time)))

@@ -48,7 +48,8 @@ impl Process {
     pub(crate) fn wait(&self) -> Waiting {
         let mut tasks = self.client.tasks();
         let request = WaitRequest { container_id: self.container.clone(), exec_id: self.exec.clone() };
-        Waiting(tokio::spawn(async move { tasks.wait(request).await }))
+        let trace = shim_api::trace::current();
+        Waiting(tokio::spawn(shim_api::trace::carry(trace, async move { tasks.wait(request).await })))
     }
 
     /// Sends a signal.
@@ -156,6 +157,13 @@ impl Process {
 
 /// A background task that ends with its owner.
 pub(crate) struct AbortOnDrop(JoinHandle<()>);
+
+impl AbortOnDrop {
+    /// Begins the task.
+    pub(crate) fn spawn(task: impl Future<Output = ()> + Send + 'static) -> AbortOnDrop {
+        AbortOnDrop(tokio::spawn(task))
+    }
+}
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {

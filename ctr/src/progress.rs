@@ -1,4 +1,5 @@
-//! Progress, on stderr: a bar per blob or layer on a terminal, a line each when it is done otherwise.
+//! Progress of what is no transfer, on stderr: a bar per blob or layer on a terminal, a line each when it is done otherwise.
+//! Transfers are shown by `display`.
 
 use std::io::IsTerminal;
 
@@ -44,15 +45,6 @@ impl Progress {
             bar
         });
         Item { bar, name: name.to_owned() }
-    }
-
-    /// Says a line above the bars.
-    pub(crate) fn say(&self, text: &str) {
-        match &self.bars {
-            // The bars go to stderr; lines a script may read go to stdout.
-            Some(bars) => bars.suspend(|| println!("{text}")),
-            None => println!("{text}"),
-        }
     }
 }
 

@@ -68,6 +68,16 @@ fn read(root: &OwnedFd, path: &str) -> anyhow::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// A mount of the API as the kernel's.
+pub(crate) fn local(mount: Mount) -> sys::mount::Mount {
+    sys::mount::Mount {
+        kind: mount.r#type,
+        source: mount.source,
+        target: mount.target,
+        options: mount.options,
+    }
+}
+
 /// The same mount, but nothing can be written by it: an overlay's upper folder becomes its topmost lower one.
 fn read_only(mount: Mount) -> sys::mount::Mount {
     let mut options: Vec<String> = Vec::new();
@@ -83,7 +93,7 @@ fn read_only(mount: Mount) -> sys::mount::Mount {
         }
     }
     options.push("ro".to_owned());
-    sys::mount::Mount { kind: mount.r#type, source: mount.source, target: mount.target, options }
+    local(Mount { options, ..mount })
 }
 
 #[cfg(test)]

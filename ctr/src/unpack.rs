@@ -32,12 +32,13 @@ pub(crate) async fn exists(client: &Client, snapshotter: &str, key: &str) -> any
     }
 }
 
-/// Unpacks `image` unless it is, and returns the name of its topmost snapshot (empty for no layers).
-/// To be called under a lease.
+/// Unpacks `image` unless it is, and returns the name of its topmost snapshot (empty for no layers). With `sync`, the
+/// snapshotter's file system is written to disk after each layer. To be called under a lease.
 pub(crate) async fn unpack(
     client: &Client,
     image: &Resolved,
     snapshotter: &str,
+    sync: bool,
     progress: &Progress,
 ) -> anyhow::Result<String> {
     let chain = image.chain_ids()?;
@@ -48,27 +49,42 @@ pub(crate) async fn unpack(
         for ((layer, diff_id), name) in image.manifest.layers.iter().zip(diff_ids).zip(&chain) {
             if !exists(client, snapshotter, name.as_str()).await? {
                 let item = progress.start("unpack", short(layer.digest.as_str()), None);
-                let unpacked = unpack_layer(client, snapshotter, &parent, layer, diff_id, name).await;
+                let layer = Layer { descriptor: layer, diff_id, name, parent: &parent };
+                let unpacked = unpack_layer(client, snapshotter, sync, &layer).await;
                 item.finish(if unpacked.is_ok() { "unpacked" } else { "failed" });
-                unpacked.with_context(|| format!("cannot unpack layer {}", layer.digest))?;
+                unpacked.with_context(|| format!("cannot unpack layer {}", layer.descriptor.digest))?;
             }
             parent = name.to_string();
         }
     }
     // The config keeps the snapshots: as long as an image refers to it, they stay.
     let label = format!("containerd.io/gc.ref.snapshot.{snapshotter}");
-    content::set_labels(client, &image.manifest.config.digest, [(label, top.to_string())].into()).await?;
+    let config = &image.manifest.config.digest;
+    let labels = content::info(client, config).await?.unwrap_or_default().labels;
+    // A look costs little, and a write waits for the disk: at each run of an image that is unpacked.
+    if labels.get(&label).map(String::as_str) != Some(top.as_str()) {
+        content::set_labels(client, config, [(label, top.to_string())].into()).await?;
+    }
     Ok(top.to_string())
+}
+
+/// A layer to be unpacked.
+struct Layer<'a> {
+    descriptor: &'a Descriptor,
+    diff_id: &'a Digest,
+    /// Its chain id: the snapshot's name.
+    name: &'a Digest,
+    /// The snapshot beneath it; empty for none.
+    parent: &'a str,
 }
 
 async fn unpack_layer(
     client: &Client,
     snapshotter: &str,
-    parent: &str,
-    layer: &Descriptor,
-    diff_id: &Digest,
-    name: &Digest,
+    sync: bool,
+    layer: &Layer<'_>,
 ) -> anyhow::Result<()> {
+    let Layer { descriptor: layer, diff_id, name, parent } = *layer;
     let key = unique("extract");
     let key = format!("{key} {name}");
     let prepare = PrepareSnapshotRequest {
@@ -90,7 +106,8 @@ async fn unpack_layer(
         }
     };
     let applied = async {
-        let request = ApplyRequest { diff: Some(wire(layer)), mounts, ..ApplyRequest::default() };
+        let request =
+            ApplyRequest { diff: Some(wire(layer)), mounts, sync_fs: sync, ..ApplyRequest::default() };
         let applied = client.diff().apply(request).await.tried(|| format!("apply layer {}", layer.digest))?;
         let found = applied.applied.unwrap_or_default().digest;
         if found != diff_id.as_str() {

@@ -1,6 +1,7 @@
 //! `ctr containers …`.
 
 use std::collections::BTreeMap;
+use std::process::ExitCode;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
@@ -18,8 +19,12 @@ use crate::output::{self, Table, or_dash};
 use crate::process::Process;
 use crate::{json as messages, stdio};
 
+mod checkpoint;
+mod restore;
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    Checkpoint(checkpoint::Checkpoint),
     Create(Box<Create>),
     #[command(visible_aliases = ["del", "remove", "rm"])]
     Delete(Delete),
@@ -27,17 +32,22 @@ pub(crate) enum Command {
     #[command(visible_alias = "ls")]
     List(List),
     Label(Label),
+    Restore(restore::Restore),
 }
 
 impl Command {
-    pub(crate) async fn run(self, client: Client) -> anyhow::Result<()> {
-        match self {
+    pub(crate) async fn run(self, client: Client) -> anyhow::Result<ExitCode> {
+        let done = match self {
+            // This may end with the code of a process.
+            Command::Restore(command) => return command.run(client).await,
+            Command::Checkpoint(command) => command.run(client).await,
             Command::Create(command) => command.run(client).await,
             Command::Delete(command) => command.run(client).await,
             Command::Info(command) => command.run(client).await,
             Command::List(command) => command.run(client).await,
             Command::Label(command) => command.run(client).await,
-        }
+        };
+        done.map(|()| ExitCode::SUCCESS)
     }
 }
 

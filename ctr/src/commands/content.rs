@@ -2,26 +2,37 @@
 
 use clap::{Args, Subcommand};
 use oci::Digest;
-use proto::containerd::services::content::v1::{
-    DeleteContentRequest, Info, ListContentRequest, ListStatusesRequest, ReadContentRequest,
-};
+use proto::containerd::services::content::v1::{DeleteContentRequest, ListStatusesRequest};
 
 use crate::args::{Format, Listing, joined, labels};
-use crate::client::{Client, Failure, Tried};
-use crate::content::{Wanted, set_labels, write};
+use crate::client::{Client, Tried};
+use crate::content::{self, Wanted, set_labels, write};
 use crate::json;
 use crate::output::{self, Table, or_dash};
+
+mod edit;
+mod fetch;
+mod objects;
+mod prune;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Active(Active),
     #[command(visible_aliases = ["del", "remove", "rm"])]
     Delete(Delete),
+    Edit(edit::Edit),
+    Fetch(Box<fetch::Fetch>),
+    FetchBlob(Box<objects::FetchBlob>),
+    FetchObject(Box<objects::FetchObject>),
     Get(Get),
     Ingest(Ingest),
     Label(Label),
     #[command(visible_alias = "ls")]
     List(List),
+    /// Let go of what is kept
+    #[command(subcommand)]
+    Prune(prune::Prune),
+    PushObject(Box<objects::PushObject>),
 }
 
 impl Command {
@@ -29,10 +40,16 @@ impl Command {
         match self {
             Command::Active(command) => command.run(client).await,
             Command::Delete(command) => command.run(client).await,
+            Command::Edit(command) => command.run(client).await,
+            Command::Fetch(command) => command.run(client).await,
+            Command::FetchBlob(command) => command.run(client).await,
+            Command::FetchObject(command) => command.run(client).await,
             Command::Get(command) => command.run(client).await,
             Command::Ingest(command) => command.run(client).await,
             Command::Label(command) => command.run(client).await,
             Command::List(command) => command.run(client).await,
+            Command::Prune(command) => command.run(client).await,
+            Command::PushObject(command) => command.run(client).await,
         }
     }
 }
@@ -59,7 +76,7 @@ impl Active {
         let mut table = Table::new(&["REF", "SIZE", "AGE"]);
         for status in statuses {
             let age = output::age(status.started_at.as_ref());
-            table.row([status.r#ref, output::bytes(status.offset), age]);
+            table.row([status.r#ref, output::decimal_bytes(status.offset), age]);
         }
         table.print()
     }
@@ -91,15 +108,7 @@ pub(crate) struct Get {
 
 impl Get {
     async fn run(self, client: Client) -> anyhow::Result<()> {
-        use std::io::Write;
-        let what = || format!("read content {}", self.digest);
-        let request = ReadContentRequest { digest: self.digest.to_string(), offset: 0, size: 0 };
-        let mut stream = client.content().read(request).await.tried(what)?;
-        while let Some(part) = stream.message().await.map_err(|status| Failure::new(what(), status))? {
-            std::io::stdout().write_all(&part.data)?;
-        }
-        std::io::stdout().flush()?;
-        Ok(())
+        content::to_stdout(&client, self.digest.as_str()).await
     }
 }
 
@@ -133,7 +142,7 @@ impl Ingest {
             write(&client, &mut std::io::stdin().lock(), &wanted, |_| {})
         })
         .await??;
-        output::line(&written.digest)
+        output::line(&written)
     }
 }
 
@@ -162,14 +171,7 @@ pub(crate) struct List {
 
 impl List {
     async fn run(self, client: Client) -> anyhow::Result<()> {
-        let request = ListContentRequest { filters: self.filters };
-        let mut stream = client.content().list(request).await.tried(|| "list content")?;
-        let mut blobs: Vec<Info> = Vec::new();
-        while let Some(part) =
-            stream.message().await.map_err(|status| Failure::new("list content", status))?
-        {
-            blobs.extend(part.info);
-        }
+        let blobs = content::list(&client, self.filters).await?;
         if self.listing.quiet {
             return blobs.iter().try_for_each(|blob| output::line(&blob.digest));
         }
@@ -179,7 +181,7 @@ impl List {
         let mut table = Table::new(&["DIGEST", "SIZE", "AGE", "LABELS"]);
         for blob in blobs {
             let age = output::age(blob.created_at.as_ref());
-            table.row([blob.digest, output::bytes(blob.size), age, or_dash(&joined(&blob.labels))]);
+            table.row([blob.digest, output::decimal_bytes(blob.size), age, or_dash(&joined(&blob.labels))]);
         }
         table.print()
     }

@@ -51,7 +51,7 @@ impl List {
         }
         let mut table = Table::new(&["ID", "CREATED AT", "LABELS"]);
         for lease in leases {
-            let created = output::time(lease.created_at.as_ref());
+            let created = output::seconds(lease.created_at.as_ref());
             table.row([lease.id, created, or_dash(&joined(&lease.labels))]);
         }
         table.print()

@@ -1,10 +1,13 @@
 //! `ctr plugins …`.
 
+use anyhow::Context;
 use clap::{Args, Subcommand};
-use proto::containerd::services::introspection::v1::{Plugin, PluginsRequest};
+use proto::containerd::services::introspection::v1::{Plugin, PluginInfoRequest, PluginsRequest};
+use proto::containerd::types::RuntimeRequest;
 
 use crate::args::{Format, Listing};
 use crate::client::{Client, Tried};
+use crate::container::RuntimeArgs;
 use crate::json;
 use crate::output::{self, Table, or_dash};
 
@@ -12,12 +15,15 @@ use crate::output::{self, Table, or_dash};
 pub(crate) enum Command {
     #[command(visible_alias = "ls")]
     List(List),
+    InspectRuntime(InspectRuntime),
 }
 
 impl Command {
     pub(crate) async fn run(self, client: Client) -> anyhow::Result<()> {
-        let Command::List(command) = self;
-        command.run(client).await
+        match self {
+            Command::List(command) => command.run(client).await,
+            Command::InspectRuntime(command) => command.run(client).await,
+        }
     }
 }
 
@@ -92,4 +98,27 @@ fn detail(plugin: &Plugin) -> anyhow::Result<()> {
         field("Error", format!("code {}: {}", error.code, error.message));
     }
     output::line(text)
+}
+
+/// Show what a runtime says of itself, as JSON
+#[derive(Debug, Args)]
+pub(crate) struct InspectRuntime {
+    #[command(flatten)]
+    runtime: RuntimeArgs,
+}
+
+impl InspectRuntime {
+    async fn run(self, client: Client) -> anyhow::Result<()> {
+        let runtime = self.runtime.resolve(&client, true).await?;
+        let options = RuntimeRequest { runtime_path: runtime.name.clone(), options: runtime.options };
+        let request = PluginInfoRequest {
+            r#type: "io.containerd.runtime.v2".to_owned(),
+            id: "task".to_owned(),
+            options: Some(proto::any::pack(&options)),
+        };
+        let answer = client.introspection().plugin_info(request).await;
+        let answer = answer.tried(|| format!("ask for runtime {}", runtime.name))?;
+        let info = answer.extra.with_context(|| format!("the engine says nothing of {}", runtime.name))?;
+        json::print(&json::of_any(&info))
+    }
 }

@@ -5,11 +5,13 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Args;
+use proto::containerd::services::tasks::v1::GetRequest;
 
 use crate::client::Client;
 use crate::commands::tasks::start::{Started, start};
 use crate::container::{self, SpecArgs};
 use crate::stdio::Choice;
+use crate::trace::Tracing;
 
 /// Run a container
 ///
@@ -23,6 +25,9 @@ pub(crate) struct Run {
     /// Remove the container when its process has ended
     #[arg(long, conflicts_with = "detach")]
     pub(crate) rm: bool,
+    /// Show on stderr where the time went, in ctr, the engine, the shim and the runtime, as a time line
+    #[arg(long)]
+    trace: bool,
     #[command(flatten)]
     pub(crate) task: TaskArgs,
     /// Write the generated runtime spec to a file
@@ -33,7 +38,7 @@ pub(crate) struct Run {
 }
 
 /// Flags that `run` and `tasks start` share.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(crate) struct TaskArgs {
     /// Leave the container running and return
     #[arg(short, long)]
@@ -56,6 +61,11 @@ pub(crate) struct TaskArgs {
 }
 
 impl TaskArgs {
+    /// No flags but, perhaps, `--detach`.
+    pub(crate) fn detached(detach: bool) -> TaskArgs {
+        TaskArgs { detach, ..TaskArgs::default() }
+    }
+
     /// Where the process's streams go.
     pub(crate) fn choice(&self, terminal: bool) -> anyhow::Result<Choice> {
         anyhow::ensure!(
@@ -73,19 +83,41 @@ impl TaskArgs {
 
 impl Run {
     pub(crate) async fn run(self, client: Client) -> anyhow::Result<ExitCode> {
-        let container = container::create(&client, &self.spec).await?;
+        if !self.trace {
+            return self.follow(client).await;
+        }
+        let trace = Tracing::begin(&client).await?;
+        let outcome = trace.of(self.follow(client)).await;
+        trace.print()?;
+        outcome
+    }
+
+    async fn follow(mut self, client: Client) -> anyhow::Result<ExitCode> {
+        self.spec.cpu_shares.get_or_insert(1024);
+        let container =
+            shim_api::trace::span("create the container", container::create(&client, &self.spec)).await?;
         let outcome = async {
             if let Some(path) = &self.dump_config {
                 let spec = container.spec.clone().unwrap_or_default();
                 std::fs::write(path, spec.value)
                     .with_context(|| format!("cannot write {}", path.display()))?;
             }
-            start(&client, &container, &self.task).await
+            let started = start(&client, &container, &self.task, None);
+            shim_api::trace::span("run its task", started).await
         }
         .await;
-        // A container whose process never ran is of no use to anybody, and would block its name.
-        if self.rm || outcome.is_err() {
-            let deleted = container::delete(&client, &container, false).await;
+        // A container whose process never ran is of no use to anybody, and would block its name. One whose task could
+        // not be deleted is what the task is found by.
+        let request = GetRequest { container_id: container.id.clone(), exec_id: String::new() };
+        if outcome.is_err() && client.tasks().get(request).await.is_ok() {
+            eprintln!(
+                "ctr: container {id} is kept, since its task is still there; remove both with `ctr tasks rm --force {id}` \
+                 and `ctr containers rm {id}`",
+                id = container.id
+            );
+        } else if self.rm || outcome.is_err() {
+            let deleted = container::delete(&client, &container, false);
+            let deleted = shim_api::trace::span("delete the container", deleted).await;
             if outcome.is_ok() {
                 deleted?;
             }

@@ -16,6 +16,10 @@ use crate::client::{Client, Failure, Tried};
 use crate::json as messages;
 use crate::output::{self, Table};
 
+mod diff;
+mod tree;
+mod unpack;
+
 /// Manage snapshots
 #[derive(Debug, Args)]
 pub(crate) struct Snapshots {
@@ -30,6 +34,7 @@ enum Command {
     Commit(Commit),
     #[command(visible_aliases = ["del", "remove", "rm"])]
     Delete(Delete),
+    Diff(diff::Diff),
     /// Show all that is known of a snapshot, as JSON
     Info(Key),
     Label(Label),
@@ -39,6 +44,8 @@ enum Command {
     Mounts(Mounts),
     /// Make a writable snapshot on top of a committed one
     Prepare(Make),
+    Tree(tree::Tree),
+    Unpack(unpack::Unpack),
     Usage(Usage),
     /// Make a read-only snapshot of a committed one
     View(Make),
@@ -50,11 +57,14 @@ impl Snapshots {
         match self.command {
             Command::Commit(command) => command.run(client, snapshotter).await,
             Command::Delete(command) => command.run(client, snapshotter).await,
+            Command::Diff(command) => command.run(client, snapshotter).await,
             Command::Info(command) => command.info(client, snapshotter).await,
             Command::Label(command) => command.run(client, snapshotter).await,
             Command::List(command) => command.run(client, snapshotter).await,
             Command::Mounts(command) => command.run(client, snapshotter).await,
             Command::Prepare(command) => command.prepare(client, snapshotter).await,
+            Command::Tree(command) => command.run(client, snapshotter).await,
+            Command::Unpack(command) => command.run(client, snapshotter).await,
             Command::Usage(command) => command.run(client, snapshotter).await,
             Command::View(command) => command.view(client, snapshotter).await,
         }
@@ -119,15 +129,20 @@ impl Key {
         let answer =
             client.snapshots().stat(request).await.tried(|| format!("find snapshot {}", self.key))?;
         let info = answer.info.unwrap_or_default();
-        // The keys are those of containerd's ctr, which scripts read.
-        messages::print(&json!({
+        // Keys, and that empty ones are left out, are as with containerd's ctr, for scripts.
+        let mut shown = json!({
             "Kind": kind(&info),
             "Name": info.name,
-            "Parent": info.parent,
-            "Labels": info.labels,
             "Created": output::time(info.created_at.as_ref()),
             "Updated": output::time(info.updated_at.as_ref()),
-        }))
+        });
+        if !info.parent.is_empty() {
+            shown["Parent"] = info.parent.into();
+        }
+        if !info.labels.is_empty() {
+            shown["Labels"] = json!(info.labels);
+        }
+        messages::print(&shown)
     }
 }
 

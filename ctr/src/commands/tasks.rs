@@ -7,6 +7,7 @@ use clap::Subcommand;
 use crate::client::Client;
 
 mod attach;
+mod checkpoint;
 mod delete;
 mod exec;
 mod kill;
@@ -20,6 +21,7 @@ pub(crate) mod start;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Attach(attach::Attach),
+    Checkpoint(checkpoint::Checkpoint),
     #[command(visible_aliases = ["del", "remove", "rm"])]
     Delete(delete::Delete),
     Exec(exec::Exec),
@@ -42,6 +44,7 @@ impl Command {
             Command::Delete(command) => return command.run(client).await,
             Command::Exec(command) => return command.run(client).await,
             Command::Start(command) => return command.run(client).await,
+            Command::Checkpoint(command) => command.run(client).await,
             Command::Kill(command) => command.run(client).await,
             Command::List(command) => command.run(client).await,
             Command::Metrics(command) => command.run(client).await,

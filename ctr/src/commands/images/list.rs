@@ -3,11 +3,10 @@
 use clap::Args;
 use oci::Platform;
 use oci::platform::Matcher;
-use proto::containerd::services::images::v1::ListImagesRequest;
 
 use crate::args::{Format, Listing, joined};
-use crate::client::{Client, Tried};
-use crate::image::{Survey, survey, target};
+use crate::client::Client;
+use crate::image::{self, Survey, survey, target};
 use crate::json;
 use crate::output::{self, Table, or_dash};
 
@@ -22,8 +21,7 @@ pub(crate) struct List {
 
 impl List {
     pub(crate) async fn run(self, client: Client) -> anyhow::Result<()> {
-        let request = ListImagesRequest { filters: self.filters };
-        let images = client.images().list(request).await.tried(|| "list images")?.images;
+        let images = image::list(&client, self.filters).await?;
         if self.listing.quiet {
             return images.iter().try_for_each(|image| output::line(&image.name));
         }

@@ -1,5 +1,6 @@
 //! `ctr images tag`.
 
+use anyhow::Context;
 use clap::Args;
 use prost_types::FieldMask;
 use proto::containerd::services::images::v1::{CreateImageRequest, UpdateImageRequest};
@@ -14,6 +15,12 @@ pub(crate) struct Tag {
     /// Take names that other images have
     #[arg(long)]
     force: bool,
+    /// Take names that are no references, too
+    #[arg(long)]
+    skip_reference_check: bool,
+    /// Accepted for containerd's sake: tag always runs in ctr
+    #[arg(long, hide = true)]
+    local: bool,
     #[arg(value_name = "SOURCE")]
     source: String,
     #[arg(value_name = "TARGET", required = true)]
@@ -22,6 +29,11 @@ pub(crate) struct Tag {
 
 impl Tag {
     pub(crate) async fn run(self, client: Client) -> anyhow::Result<()> {
+        for name in self.targets.iter().filter(|_| !self.skip_reference_check) {
+            oci::Reference::parse_normalized(name).with_context(|| {
+                format!("{name:?} is not a reference; take it all the same with --skip-reference-check")
+            })?;
+        }
         let found = image::get(&client, &self.source).await?;
         for name in self.targets {
             let mut tagged = found.clone();

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Args;
+use oci::image::Descriptor;
 use proto::containerd::services::containers::v1::Container;
 use proto::containerd::services::tasks::v1::StartRequest;
 
@@ -27,7 +28,7 @@ pub(crate) struct Start {
 impl Start {
     pub(crate) async fn run(self, client: Client) -> anyhow::Result<ExitCode> {
         let container = container::get(&client, &self.id).await?;
-        start(&client, &container, &self.task).await.map(Started::exit_code)
+        start(&client, &container, &self.task, None).await.map(Started::exit_code)
     }
 }
 
@@ -55,12 +56,13 @@ impl Started {
     }
 }
 
-/// Creates and starts the task of `container`; in the foreground, follows it to its end. Where that
+/// Creates and starts the task of `container`, from the processes of a checkpoint if that is given; in the foreground, follows it to its end. Where that
 /// fails on the way, no task is left.
 pub(crate) async fn start(
     client: &Client,
     container: &Container,
     args: &TaskArgs,
+    checkpoint: Option<&Descriptor>,
 ) -> anyhow::Result<Started> {
     let wants_terminal = container::spec_of(container)?.process.is_some_and(|process| process.terminal);
     let choice = args.choice(wants_terminal)?;
@@ -73,7 +75,7 @@ pub(crate) async fn start(
     let addresses = streams.addresses();
     let output =
         if args.detach { Output::Kept(streams.hold()?, streams) } else { Output::Copied(streams.copy()?) };
-    let pid = container::create_task(client, container, addresses, args.no_pivot).await?;
+    let pid = container::create_task(client, container, addresses, args.no_pivot, checkpoint).await?;
     let begun = async {
         if let Some(path) = &args.pid_file {
             std::fs::write(path, pid.to_string())
