@@ -1,0 +1,3 @@
+//! `engine::fuzzing::cni`, which says what holds.
+#![no_main]
+gantry_fuzz::target!(cni);

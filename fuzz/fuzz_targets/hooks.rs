@@ -1,0 +1,3 @@
+//! `engine::fuzzing::hooks`, which says what holds.
+#![no_main]
+gantry_fuzz::target!(hooks);

@@ -1,0 +1,3 @@
+//! `engine::fuzzing::logs`, which says what holds.
+#![no_main]
+gantry_fuzz::target!(logs);
