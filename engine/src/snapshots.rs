@@ -13,6 +13,7 @@ mod proxy;
 mod reconcile;
 
 use std::collections::{BTreeMap, HashSet};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -162,25 +163,22 @@ impl Snapshots {
             let proxied = proxied(plugin, &metadata, &number);
             opened.insert(plugin.name.clone(), proxied);
         }
-        for name in snapshotter::NAMES {
-            let root = root.join(format!("io.containerd.snapshotter.v1.{name}"));
-            let inner = snapshotter::open(name, &root);
-            let expected = matches!(inner, Err(InnerError::Unsupported(_)));
-            let tried = inner.map_err(|error| error.to_string()).and_then(|opened| {
-                let intact = reconcile::reconcile(&metadata, &number, name, &root, &*opened);
-                intact.map(|intact| (opened, intact)).map_err(|error| error.to_string())
+        // Side by side: each tries what the host can carry, with mounts and namespaces of its own.
+        let tried = std::thread::scope(|scope| {
+            let threads = snapshotter::NAMES.map(|name| {
+                let root = root.join(format!("io.containerd.snapshotter.v1.{name}"));
+                let (metadata, number) = (&metadata, &number);
+                (name, scope.spawn(move || try_open(name, root, metadata, number)))
             });
+            threads.map(|(name, thread)| (name, thread.join().unwrap_or_else(|panic| resume_unwind(panic))))
+        });
+        for (name, tried) in tried {
             match tried {
-                Ok((snapshotter, intact)) => {
-                    opened.insert(name.to_owned(), Opened { root, snapshotter, intact });
+                Ok(found) => {
+                    opened.insert(name.to_owned(), found);
                 }
-                Err(error) => {
-                    // Few hosts can carry all of them.
-                    match expected {
-                        true => tracing::info!(snapshotter = name, error, "left out"),
-                        false => tracing::warn!(snapshotter = name, error, "left out"),
-                    }
-                    failed.insert(name.to_owned(), error);
+                Err(why) => {
+                    failed.insert(name.to_owned(), why);
                 }
             }
         }
@@ -839,6 +837,26 @@ impl Snapshots {
         }
         outlive(blocking(move || snapshotter.cleanup().map_err(|error| convert(&name, &error)))).await
     }
+}
+
+/// Opens a built-in snapshotter and brings it and its records together, or says why it is left out.
+fn try_open(
+    name: &str,
+    root: PathBuf,
+    metadata: &Metadata,
+    number: &AtomicU64,
+) -> std::result::Result<Opened, String> {
+    let inner = snapshotter::open(name, &root);
+    // Few hosts can carry all of them.
+    let expected = matches!(inner, Err(InnerError::Unsupported(_)));
+    let tried = inner.map_err(|error| error.to_string()).and_then(|snapshotter| {
+        let intact = reconcile::reconcile(metadata, number, name, &root, &*snapshotter);
+        intact.map(|intact| Opened { root, snapshotter, intact }).map_err(|error| error.to_string())
+    });
+    tried.inspect_err(|error| match expected {
+        true => tracing::info!(snapshotter = name, error, "left out"),
+        false => tracing::warn!(snapshotter = name, error, "left out"),
+    })
 }
 
 /// A snapshotter of another process, put in order when it first answers.

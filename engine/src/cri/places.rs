@@ -357,9 +357,10 @@ mod tests {
         let refused = places.map("c", 2, Path::new("/proc/sys"), &users, false).unwrap_err().to_string();
         assert!(refused.contains("proc") && refused.contains("id-mapped"), "{refused}");
         assert_eq!(places.found(), (vec!["p".to_owned()], vec!["c".to_owned()]));
+        // The copy of the folder has the pod's mounts, too: unless the machine shares its mounts, they come down with it alone.
         for _ in 0..2 {
-            places.remove_namespaces("p").unwrap();
             places.remove_container("c").unwrap();
+            places.remove_namespaces("p").unwrap();
             places.remove_pod("p").unwrap();
         }
         assert_eq!(places.found(), Default::default());
