@@ -38,8 +38,20 @@ pub struct Host {
     pub namespace: String,
     /// PATH for the engine, and so for its shims and runtimes.
     pub path: String,
+    /// A program, and its arguments, that becomes the engine.
+    pub before: Vec<String>,
     /// More arguments for the engine.
     pub arguments: Vec<String>,
+    /// More of the engine's environment.
+    pub environment: Vec<(String, String)>,
+    /// The file of the network namespace that it runs in, if not in the machine's own.
+    pub network: Option<PathBuf>,
+    /// Settings of the kubelet's plugin, as a containerd configuration of version 2. Debian's containerd serves the kubelet
+    /// only with such.
+    pub settings: Option<String>,
+    /// Whether it collects garbage after its start and after what it has deleted and changed, too, or only when it is asked to,
+    /// so that no test depends on when that happens. A configuration of the test's own says so itself.
+    pub collects_by_itself: bool,
     folder: PathBuf,
     _holder: tempfile::TempDir,
     child: Option<Child>,
@@ -78,7 +90,12 @@ impl Host {
             kind,
             namespace: format!("gt-{}-{number}", std::process::id()),
             path: search_path(false),
+            before: Vec::new(),
             arguments: Vec::new(),
+            environment: Vec::new(),
+            network: None,
+            settings: None,
+            collects_by_itself: false,
             folder: holder.path().to_owned(),
             _holder: holder,
             child: None,
@@ -115,6 +132,21 @@ impl Host {
         }
     }
 
+    /// gantryd, started, which collects garbage by itself: for tests of just that, and those that try what it may disturb.
+    pub fn collecting() -> Self {
+        let mut host = Host::new(Kind::Gantry);
+        host.collects_by_itself = true;
+        host.start();
+        host
+    }
+
+    /// Collects garbage, and returns when it is gone.
+    pub fn collect(&self) {
+        let ctr = self.stock_ctr();
+        ctr.ok(&["leases", "create", "--id", "to-collect"]);
+        ctr.ok(&["leases", "rm", "--sync", "to-collect"]);
+    }
+
     /// The folder that holds all of it.
     pub fn folder(&self) -> &Path {
         &self.folder
@@ -147,13 +179,42 @@ impl Host {
 
     /// The command that runs the engine in the foreground.
     pub fn command(&self) -> Command {
+        let program = |program: PathBuf| match &self.network {
+            None if !self.before.is_empty() => {
+                let mut command = Command::new(&self.before[0]);
+                command.args(&self.before[1..]).arg(program);
+                command
+            }
+            None => Command::new(program),
+            // It becomes the engine, which so keeps its process id.
+            Some(network) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={}", network.display())).arg(program);
+                command
+            }
+        };
+        let settings = [
+            self.settings.as_deref().unwrap_or_default(),
+            if self.collects_by_itself || self.arguments.iter().any(|argument| argument == "--config") {
+                ""
+            } else {
+                // Put off by a day; after what is asked for, the time until the next is derived from how long it took.
+                "\n[plugins.'io.containerd.gc.v1.scheduler']\nstartup_delay = '24h'\npause_threshold = 1e-9\n\
+                 mutation_threshold = 0\n"
+            },
+        ]
+        .concat();
         let mut command = match self.kind {
             Kind::Gantry => {
-                let mut command = Command::new(binary("gantryd"));
+                let mut command = program(binary("gantryd"));
                 command.arg("--root").arg(self.root()).arg("--state").arg(self.state());
                 command.arg("--address").arg(self.address());
+                if !settings.is_empty() {
+                    let config = self.folder.join("config.toml");
+                    fs::write(&config, format!("version = 2\n{settings}")).unwrap();
+                    command.arg("--config").arg(config).args(["--log-level", "debug"]);
                 // A configuration says its own level.
-                if !self.arguments.iter().any(|argument| argument == "--config") {
+                } else if !self.arguments.iter().any(|argument| argument == "--config") {
                     command.args(["--log-level", "debug"]);
                 }
                 command
@@ -161,22 +222,23 @@ impl Host {
             Kind::Containerd => {
                 let config = self.folder.join("config.toml");
                 let text = format!(
-                    "version = 2\nroot = '{}'\nstate = '{}'\ndisabled_plugins = ['io.containerd.grpc.v1.cri', \
+                    "version = 2\nroot = '{}'\nstate = '{}'\ndisabled_plugins = [{} \
                      'io.containerd.snapshotter.v1.aufs', 'io.containerd.snapshotter.v1.btrfs', \
                      'io.containerd.snapshotter.v1.zfs', 'io.containerd.snapshotter.v1.devmapper', \
                      'io.containerd.internal.v1.opt', 'io.containerd.tracing.processor.v1.otlp']\n[grpc]\naddress = '{}'\n\
-                     [debug]\nlevel = 'debug'\n",
+                     [debug]\nlevel = 'debug'\n{settings}",
                     self.root().display(),
                     self.state().display(),
+                    if self.settings.is_some() { "" } else { "'io.containerd.grpc.v1.cri'," },
                     self.address().display(),
                 );
                 fs::write(&config, text).unwrap();
-                let mut command = Command::new(CONTAINERD);
+                let mut command = program(CONTAINERD.into());
                 command.arg("-c").arg(config);
                 command
             }
         };
-        command.args(&self.arguments).env("PATH", &self.path);
+        command.args(&self.arguments).env("PATH", &self.path).envs(self.environment.iter().cloned());
         command
     }
 
@@ -275,9 +337,13 @@ impl Host {
             let _ = child.kill();
             let _ = child.wait();
         }
+        let sockets = left::shim_sockets(&self.state());
         // Found by this engine's own folder: these are processes of this test and nobody else's.
         for (pid, _) in left::processes(&self.folder) {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        for socket in sockets {
+            let _ = fs::remove_file(socket);
         }
         for state in left::runtime_state(&self.namespace) {
             let name = state.file_name().unwrap().to_owned();

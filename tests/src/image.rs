@@ -112,6 +112,11 @@ impl Layer {
 
 /// An image of these layers (uncompressed archives), named `name`, that runs `command`.
 pub fn image(name: &str, command: &[&str], layers: &[Vec<u8>]) -> Image {
+    image_with(name, command, layers, &json!({}))
+}
+
+/// The same, with these further fields of its config's `config`.
+pub fn image_with(name: &str, command: &[&str], layers: &[Vec<u8>], further: &serde_json::Value) -> Image {
     let mut blobs = Vec::new();
     let mut add = |bytes: Vec<u8>| {
         let digest = Digest::sha256_of(&bytes);
@@ -134,7 +139,7 @@ pub fn image(name: &str, command: &[&str], layers: &[Vec<u8>]) -> Image {
         "aarch64" => "arm64",
         other => other,
     };
-    let config = json!({
+    let mut config = json!({
         "architecture": architecture,
         "os": "linux",
         "created": "2020-09-13T12:26:40Z",
@@ -148,6 +153,9 @@ pub fn image(name: &str, command: &[&str], layers: &[Vec<u8>]) -> Image {
         "rootfs": {"type": "layers", "diff_ids": diff_ids},
         "history": [],
     });
+    for (key, value) in further.as_object().into_iter().flatten() {
+        config["config"][key] = value.clone();
+    }
     let (config_digest, config_size) = add(config.to_string().into_bytes());
     let manifest = json!({
         "schemaVersion": 2,

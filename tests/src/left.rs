@@ -1,4 +1,4 @@
-//! The check that nothing is left on the host: processes, mounts, cgroups, the runtime's state, network namespaces.
+//! The check that nothing is left on the host: processes, mounts, loop devices, cgroups, the runtime's state.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,6 +31,16 @@ pub fn mounts(folder: &Path) -> Vec<String> {
         .collect()
 }
 
+/// Loop devices of files beneath `folder`, with the file.
+pub fn loop_devices(folder: &Path) -> Vec<String> {
+    let devices = fs::read_dir("/sys/block").unwrap().flatten().map(|entry| entry.path());
+    devices
+        .filter_map(|device| Some((fs::read_to_string(device.join("loop/backing_file")).ok()?, device)))
+        .filter(|(file, _)| Path::new(file.trim()).starts_with(folder))
+        .map(|(file, device)| format!("{}: {}", device.file_name().unwrap().display(), file.trim()))
+        .collect()
+}
+
 /// Containers' cgroups in a namespace: the folders beneath `/NAMESPACE` of each hierarchy.
 pub fn cgroups(namespace: &str) -> Vec<PathBuf> {
     let children = |folder: &Path| -> Vec<PathBuf> {
@@ -58,11 +68,21 @@ pub fn runtime_state(namespace: &str) -> Vec<PathBuf> {
     fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
+/// Where the shims of an engine listen, as its bundles say.
+pub fn shim_sockets(state: &Path) -> Vec<PathBuf> {
+    let children =
+        |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let bundles = children(state.to_owned()).flat_map(children).flat_map(children);
+    let addresses = bundles.filter_map(|bundle| fs::read_to_string(bundle.join("address")).ok());
+    addresses.filter_map(|address| address.trim().strip_prefix("unix://").map(PathBuf::from)).collect()
+}
+
 /// Everything that is left of an engine in `folder` whose containers were in `namespace`, one line each.
 pub fn behind(folder: &Path, namespace: &str) -> Vec<String> {
     let mut left = Vec::new();
     left.extend(processes(folder).into_iter().map(|(pid, command)| format!("process {pid}: {command}")));
     left.extend(mounts(folder).into_iter().map(|mount| format!("mount {mount}")));
+    left.extend(loop_devices(folder).into_iter().map(|device| format!("loop device {device}")));
     left.extend(cgroups(namespace).into_iter().map(|cgroup| format!("cgroup {}", cgroup.display())));
     left.extend(
         runtime_state(namespace).into_iter().map(|state| format!("runtime state {}", state.display())),

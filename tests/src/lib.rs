@@ -6,9 +6,14 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 pub mod client;
+pub mod cri;
+pub mod faults;
 pub mod host;
 pub mod image;
 pub mod left;
+pub mod network;
+pub mod registry;
+pub mod spdy;
 pub mod terminal;
 
 use std::path::PathBuf;
@@ -18,12 +23,33 @@ use std::time::{Duration, Instant};
 pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// Waits until `condition` holds, and fails with `what` when it does not within the limit.
-pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + LIMIT;
+pub fn wait_for(what: &str, condition: impl FnMut() -> bool) {
+    assert!(holds_within(LIMIT, condition), "waited {LIMIT:?} for {what}");
+}
+
+/// Waits until `condition` holds; whether it does within `limit`.
+pub fn holds_within(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + limit;
     while !condition() {
-        assert!(Instant::now() < end, "waited {LIMIT:?} for {what}");
+        if Instant::now() >= end {
+            return false;
+        }
         std::thread::sleep(Duration::from_millis(10));
     }
+    true
+}
+
+/// Stops a process, and returns when each of its threads has stopped: a signal alone leaves them a moment to go on.
+pub fn suspend(pid: i32) {
+    use nix::sys::signal::{Signal, kill};
+    kill(nix::unistd::Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
+    wait_for("a process to stop", || {
+        std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(|thread| {
+            // PID (NAME) STATE; a name may hold anything. One that has ended does not go on either.
+            std::fs::read_to_string(thread.unwrap().path().join("stat"))
+                .map_or(true, |stat| stat.rsplit_once(") ").unwrap().1.starts_with('T'))
+        })
+    });
 }
 
 /// A binary of this workspace, as cargo built it.

@@ -68,6 +68,15 @@ impl Terminal {
         wait_for(&format!("{text:?} in the terminal"), || shown().contains(text));
     }
 
+    /// Waits until a shell in the terminal knows the size of its window, `ROWS COLUMNS`. Clients tell it after they have started
+    /// the process, so that the first answer may be an older one.
+    pub fn expect_size(&mut self, size: &str) {
+        wait_for(&format!("a window of {size}"), || {
+            self.send("stty size\n");
+            self.shown().contains(size)
+        });
+    }
+
     /// Waits for the command's end; its exit code.
     pub fn wait(mut self) -> i32 {
         let mut code = None;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::Read as _;
+use std::time::Duration;
 
 use proto::containerd::events::TaskOom;
 use proto::containerd::services::content::v1::content_client::ContentClient;
@@ -30,6 +31,29 @@ fn host() -> Option<Host> {
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+/// What of a program's code is mapped, in KiB.
+fn code(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mut lines = text.lines().skip_while(|line| !(line.contains(" r-xp ") && line.ends_with("/gantryd")));
+    let size = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+    size.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[test]
+fn an_engine_that_nobody_calls_gives_memory_back() {
+    let Some(host) = host() else { return };
+    let ctr = host.stock_ctr();
+    // After the start, and again after calls.
+    for _ in 0..2 {
+        // It may be unmapped before it is looked at, when the machine is busy: then there is another call.
+        tests::wait_for("code to be unmapped after a call", || {
+            ctr.ok(&["images", "ls"]);
+            let busy = code(host.pid());
+            tests::holds_within(Duration::from_secs(10), || code(host.pid()) < busy / 2)
+        });
+    }
 }
 
 #[test]

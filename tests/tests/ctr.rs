@@ -46,6 +46,11 @@ fn help_version_and_mistakes() {
         "namespaces",
         "leases",
         "plugins",
+        "sandboxes",
+        "shim",
+        "oci",
+        "install",
+        "deprecations",
     ] {
         assert!(ctr.ok(&[group, "--help"]).contains("Usage:"), "{group}");
     }
@@ -160,6 +165,75 @@ fn run_passes_everything_on() {
     host.assert_nothing_left();
 }
 
+/// The lines of a time line that are of a process: start, length and what it did, without indentation.
+fn of_process<'a>(text: &'a str, process: &str) -> Vec<(f64, f64, &'a str)> {
+    let line = |line: &'a str| {
+        let mut words = line.split_whitespace();
+        let (start, length) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        let what = line.split_once(process)?.1.split_once('|')?.0.trim();
+        (words.next()? == process).then_some((start, length, what))
+    };
+    text.lines().filter_map(line).collect()
+}
+
+#[test]
+fn a_run_shows_where_its_time_went() {
+    let Some(host) = with_image() else { return };
+    let ctr = host.ctr();
+    let ended = ctr.run(&["run", "--rm", "--trace", NAME, "traced", "sh", "-c", "echo out; exit 3"]);
+    assert_eq!((ended.code, ended.stdout.as_str()), (3, "out\n"), "{ended:?}");
+    let text = &ended.stderr;
+    let named = |process: &str| -> Vec<&str> {
+        of_process(text, process).into_iter().map(|(_, _, what)| what).collect()
+    };
+    assert_eq!(named("runc"), ["create", "delete"], "{text}");
+    for (process, what) in [
+        ("ctr", "Tasks/Create"),
+        ("ctr", "Tasks/Wait"),
+        ("engine", "Tasks/Create"),
+        ("engine", "start the shim"),
+        ("engine", "commit"),
+        ("shim", "start"),
+        ("shim", "begin"),
+        ("shim", "Create"),
+        ("shim", "mount"),
+        ("shim", "Start"),
+        ("shim", "let the program run"),
+        ("shim", "Delete"),
+        ("container", "process, until its end"),
+    ] {
+        assert!(named(process).contains(&what), "{process} {what}: {text}");
+    }
+    // One clock: what a runtime does lies within what its shim does, and that within what the engine does.
+    let find = |process: &str, name: &str| {
+        let (start, length, _) =
+            of_process(text, process).into_iter().find(|(_, _, what)| *what == name).unwrap();
+        (start, start + length)
+    };
+    let ways = [find("ctr", "Tasks/Create"), find("engine", "Tasks/Create"), find("shim", "Create")];
+    let ways = ways.into_iter().chain([find("runc", "create")]).collect::<Vec<_>>();
+    assert!(ways.is_sorted_by(|outer, inner| outer.0 <= inner.0 && outer.1 >= inner.1), "{ways:?}: {text}");
+    assert!(text.contains("The program runs after ") && text.contains("The floor"), "{text}");
+    // Without the flag nobody says anything; and nothing is left of the one that did.
+    assert_eq!(ctr.run(&["run", "--rm", NAME, "quiet", "true"]).stderr, "");
+    assert_eq!(std::fs::read_dir(host.state().join("traces")).unwrap().count(), 0);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn beside_containerd_a_trace_has_the_spans_of_ctr_alone() {
+    if !tests::ready(&[tests::host::CONTAINERD, STOCK_CTR, RUNC, BUSYBOX]) {
+        return;
+    }
+    let host = Host::containerd();
+    host.import();
+    let ended = host.ctr().run(&["run", "--rm", "--trace", NAME, "traced", "true"]);
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(ended.stderr.contains("The engine knows no traces"), "{}", ended.stderr);
+    assert!(!of_process(&ended.stderr, "ctr").is_empty() && of_process(&ended.stderr, "engine").is_empty());
+    host.assert_nothing_left();
+}
+
 #[test]
 fn signals_and_terminals_pass_through() {
     let Some(host) = with_image() else { return };
@@ -174,14 +248,11 @@ fn signals_and_terminals_pass_through() {
     }
     let mut terminal = Terminal::start(&ctr.command(&["run", "--rm", "-t", NAME, "tty", "sh"]), 30, 90);
     terminal.expect("# ");
-    terminal.send("stty size; tty\n");
-    terminal.expect("30 90");
+    terminal.expect_size("30 90");
+    terminal.send("tty\n");
     terminal.expect("/dev/pts/");
     terminal.resize(41, 123);
-    wait_for("the new size of the window", || {
-        terminal.send("stty size\n");
-        terminal.shown().contains("41 123")
-    });
+    terminal.expect_size("41 123");
     // Ctrl-C ends what runs in the container, not the client.
     terminal.send("sleep 1000\n");
     terminal.expect("sleep 1000");
@@ -220,8 +291,8 @@ fn a_task_is_managed() {
     let mut terminal =
         Terminal::start(&ctr.command(&["tasks", "exec", "-t", "--exec-id", "e3", "c", "sh"]), 20, 70);
     terminal.expect("# ");
-    terminal.send("stty size; exit 5\n");
-    terminal.expect("20 70");
+    terminal.expect_size("20 70");
+    terminal.send("exit 5\n");
     assert_eq!(terminal.wait(), 5);
     assert!(ctr.ok(&["tasks", "ps", "c"]).lines().count() >= 2);
     assert!(ctr.ok(&["tasks", "metrics", "c"]).contains("memory"));
@@ -249,6 +320,8 @@ fn the_rest_of_the_tree() {
     assert_eq!(json(&ctr.ok(&["snapshots", "ls", "--format", "json"])).as_array().unwrap().len(), 2);
     let top = snapshots.lines().last().unwrap();
     assert!(ctr.ok(&["snapshots", "info", top]).contains("Committed"));
+    // What the import needed on its way alone must not go while we look.
+    ctr.ok(&["gc"]);
     let digests = ctr.ok(&["content", "ls", "-q"]);
     for digest in digests.lines() {
         let blob = ctr.command(&["content", "get", digest]).output().unwrap();

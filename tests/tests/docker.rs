@@ -178,8 +178,8 @@ fn a_container_through_its_life() {
     assert_eq!(docker.try_run(&["exec", "long", "sh", "-c", "exit 8"]).1, 8);
     let mut terminal = Terminal::start(&docker.command(&["exec", "-it", "long", "sh"]), 33, 101);
     terminal.expect("# ");
-    terminal.send("stty size; exit 5\n");
-    terminal.expect("33 101");
+    terminal.expect_size("33 101");
+    terminal.send("exit 5\n");
     assert_eq!(terminal.wait(), 5);
     wait_for("the output in the log", || docker.ok(&["logs", "long"]) == "out");
     let stats = docker.ok(&["stats", "--no-stream", "--format", "{{.MemUsage}} {{.PIDs}}", "long"]);

@@ -54,8 +54,8 @@ fn life(host: &mut Host, runtime: &str, program: &str) {
         80,
     );
     terminal.expect("# ");
-    terminal.send("stty size; exit 6\n");
-    terminal.expect("24 80");
+    terminal.expect_size("24 80");
+    terminal.send("exit 6\n");
     assert_eq!(terminal.wait(), 6);
 
     let ended = run(&["-d", image, "c1", "sh", "-c", "trap 'exit 4' TERM; while true; do sleep 0.1; done"]);

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Which of our crates each may depend on; docs/ARCHITECTURE.md has the same list.
-const EDGES: [(&str, &[&str]); 9] = [
+const EDGES: [(&str, &[&str]); 11] = [
     ("gantry-proto", &[]),
     ("gantry-oci", &[]),
     ("gantry-sys", &[]),
@@ -17,8 +17,10 @@ const EDGES: [(&str, &[&str]); 9] = [
     ("gantry-shim-api", &["gantry-proto"]),
     ("gantry-shim-runc", &["gantry-shim-api", "gantry-sys", "gantry-oci", "gantry-proto"]),
     ("gantry-engine", &["gantry-proto", "gantry-shim-api", "gantry-snapshotter", "gantry-sys", "gantry-oci"]),
-    ("gantry-ctr", &["gantry-proto", "gantry-oci", "gantry-sys"]),
+    ("gantry-ctr", &["gantry-proto", "gantry-shim-api", "gantry-oci", "gantry-sys"]),
     ("gantry-tests", &["gantry-proto", "gantry-shim-api", "gantry-oci"]),
+    ("gantry-bench", &["gantry-tests", "gantry-proto", "gantry-oci", "gantry-sys"]),
+    ("gantry-chaos", &["gantry-tests", "gantry-proto", "gantry-oci"]),
 ];
 
 fn top() -> PathBuf {
@@ -46,8 +48,8 @@ fn rust_files() -> Vec<(PathBuf, String)> {
     sources.map(|path| (path.clone(), fs::read_to_string(path).unwrap())).collect()
 }
 
-#[test]
-fn crates_know_only_whom_they_may() {
+/// What cargo knows of our crates.
+fn metadata() -> serde_json::Value {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     let output = Command::new(cargo)
         .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
@@ -55,7 +57,12 @@ fn crates_know_only_whom_they_may() {
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn crates_know_only_whom_they_may() {
+    let metadata = metadata();
     let allowed: BTreeMap<&str, &[&str]> = EDGES.into_iter().collect();
     let mut seen = BTreeSet::new();
     for package in metadata["packages"].as_array().unwrap() {
@@ -73,6 +80,39 @@ fn crates_know_only_whom_they_may() {
     assert_eq!(seen.len(), EDGES.len());
 }
 
+/// The fuzz targets have a lock file of their own, and are built with `--locked` and seldom: it must know what our crates depend on.
+#[test]
+fn the_lock_file_of_the_fuzz_targets_is_up_to_date() {
+    let text = fs::read_to_string(top().join("fuzz/Cargo.lock")).unwrap();
+    let lock: BTreeMap<&str, BTreeSet<&str>> = text
+        .split("[[package]]")
+        .filter_map(|package| {
+            let name = package.lines().find_map(|line| line.strip_prefix("name = "))?.trim_matches('"');
+            let dependencies = package.lines().filter_map(|line| line.strip_prefix(" \""));
+            // A version follows where there are several.
+            Some((name, dependencies.filter_map(|line| line.split([' ', '"']).next()).collect()))
+        })
+        .collect();
+    let mut seen = 0;
+    for package in metadata()["packages"].as_array().unwrap() {
+        let name = package["name"].as_str().unwrap();
+        let Some(locked) = lock.get(name) else { continue };
+        let dependencies = package["dependencies"].as_array().unwrap().iter();
+        let wanted =
+            dependencies.filter(|dependency| dependency["kind"] != "dev" && dependency["optional"] == false);
+        let missing: Vec<&str> = wanted
+            .map(|dependency| dependency["name"].as_str().unwrap())
+            .filter(|of| !locked.contains(of))
+            .collect();
+        assert!(
+            missing.is_empty(),
+            "{name}: {missing:?}; run `cargo metadata --manifest-path fuzz/Cargo.toml`"
+        );
+        seen += 1;
+    }
+    assert!(seen >= 5, "{seen}");
+}
+
 #[test]
 fn unsafe_code_stands_in_sys_alone() {
     let word = ["un", "safe"].concat();
@@ -85,6 +125,8 @@ fn unsafe_code_stands_in_sys_alone() {
         }
     }
     let manifests = files().into_iter().filter(|path| path.ends_with("Cargo.toml"));
+    // The fuzz targets are a workspace of their own.
+    let manifests = manifests.filter(|path| *path != top().join("fuzz/Cargo.toml"));
     for manifest in
         manifests.filter(|path| *path != top().join("Cargo.toml") && *path != top().join("sys/Cargo.toml"))
     {
@@ -125,4 +167,36 @@ fn the_tree_speaks_of_the_project_alone() {
             }
         }
     }
+}
+
+/// docs/threats.md says which test holds what; each of them is there.
+#[test]
+fn every_test_that_the_list_of_threats_names_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let text = fs::read_to_string(root.join("docs/threats.md")).unwrap();
+    let mut named = 0;
+    for row in text.lines().filter(|line| line.starts_with("| ") && line.contains('`')) {
+        let held = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
+        for part in held.split("; ") {
+            let file = part.split('`').nth(1).unwrap_or_else(|| panic!("no test holds: {row}"));
+            if file.starts_with("fuzz/") {
+                for target in part.split(", ").map(|target| target.trim_matches('`')) {
+                    let program =
+                        root.join(target.replacen("fuzz/", "fuzz/fuzz_targets/", 1)).with_extension("rs");
+                    assert!(program.exists(), "{target} is no fuzz target");
+                    named += 1;
+                }
+                continue;
+            }
+            let code = fs::read_to_string(root.join(file)).unwrap_or_else(|error| panic!("{file}: {error}"));
+            let names = part.rsplit('`').next().unwrap().trim();
+            for name in names.split(", ").filter(|name| !name.is_empty()) {
+                let there =
+                    [format!("fn {name}("), format!("    {name},")].iter().any(|text| code.contains(text));
+                assert!(there, "{file} has no test {name}");
+                named += 1;
+            }
+        }
+    }
+    assert!(named > 80, "only {named} tests are named");
 }

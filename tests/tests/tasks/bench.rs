@@ -202,7 +202,7 @@ impl Bench {
         self.channel = None;
     }
 
-    fn channel(&self) -> Channel {
+    pub(crate) fn channel(&self) -> Channel {
         self.channel.clone().expect("the engine runs")
     }
 
@@ -567,10 +567,14 @@ impl Drop for Bench {
             let _ = engine.kill();
             let _ = engine.wait();
         }
+        let sockets = tests::left::shim_sockets(&self.path("state"));
         // Our shims and scripts all carry the address of this bench's engine.
         let address = self.path("engine.sock").display().to_string();
         for pid in processes(|arguments| arguments.contains(&address)) {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        for socket in sockets {
+            let _ = fs::remove_file(socket);
         }
         if let Ok(records) = fs::read_dir(self.runc_root()) {
             for record in records.flatten() {

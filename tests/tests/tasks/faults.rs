@@ -48,8 +48,7 @@ with_each_shim! {
     a_shim_that_is_stopped_for_a_while_keeps_its_container(bench, shim) {
         bench.run("c", shim, &["sleep", "1000"]).await;
         let shims = bench.shim_pids();
-        let signal = |signal| shims.iter().for_each(|pid| kill(Pid::from_raw(*pid), signal).unwrap());
-        signal(Signal::SIGSTOP);
+        shims.iter().for_each(|pid| tests::suspend(*pid));
         // More than its socket takes, each given up by its caller.
         let calls: Vec<_> = (0..600)
             .map(|_| {
@@ -61,7 +60,7 @@ with_each_shim! {
         for call in calls {
             assert!(call.await.unwrap().is_err());
         }
-        signal(Signal::SIGCONT);
+        shims.iter().for_each(|pid| kill(Pid::from_raw(*pid), Signal::SIGCONT).unwrap());
         eventually("the shim answers again", || async {
             bench.status_or_none("c").await == Some(Status::Running)
         })

@@ -4,7 +4,7 @@ use proto::containerd::services::tasks::v1 as api;
 use proto::containerd::v1::types::Status;
 use tonic::Code;
 
-use crate::bench::{eventually, refused};
+use crate::bench::{Bench, eventually, refused};
 use crate::with_each_shim;
 
 with_each_shim! {
@@ -37,6 +37,41 @@ with_each_shim! {
         bench.start_process("c", "").await.unwrap();
         assert_eq!(bench.wait("c", "").await.unwrap(), 7);
         assert_eq!(bench.delete("c").await.unwrap(), 7);
+        bench.remove_container("c").await;
+    }
+
+    hooks_after_the_start_and_after_the_end(bench, shim) {
+        let hook = |name: &str, script: String| {
+            serde_json::json!([{"path": "/bin/sh", "args": ["sh", "-c", script, name]}])
+        };
+        let mut spec = bench.spec("c", &["sleep", "1000"]);
+        let started = bench.path("started");
+        let stopped = bench.path("stopped");
+        spec["hooks"] = serde_json::json!({
+            "poststart": hook("poststart", format!("cat > {}", started.display())),
+            // The root file system is there until the last hook has ended.
+            "poststop": hook("poststop", format!("ls {}/rootfs/bin > {}", bench.bundle("c").display(), stopped.display())),
+        });
+        bench.container("c", shim, &spec).await;
+        bench.create("c").await.unwrap();
+        bench.start_process("c", "").await.unwrap();
+        assert!(std::fs::read_to_string(started).unwrap().contains(r#""id":"c""#));
+        bench.kill("c", "", 9).await.unwrap();
+        assert_eq!(bench.wait("c", "").await.unwrap(), 137);
+        assert!(!stopped.exists());
+        assert_eq!(bench.delete("c").await.unwrap(), 137);
+        assert!(std::fs::read_to_string(stopped).unwrap().contains("busybox"));
+        bench.remove_container("c").await;
+    }
+
+    a_created_container_that_is_killed_does_not_start(bench, shim) {
+        let spec = bench.spec("c", &["sleep", "1000"]);
+        bench.container("c", shim, &spec).await;
+        bench.create("c").await.unwrap();
+        bench.kill("c", "", 9).await.unwrap();
+        assert_eq!(bench.wait("c", "").await.unwrap(), 137);
+        assert!(bench.start_process("c", "").await.is_err());
+        assert_eq!(bench.delete("c").await.unwrap(), 137);
         bench.remove_container("c").await;
     }
 
@@ -194,4 +229,34 @@ async fn futures_join<T, F: Future<Output = T>>(all: impl Iterator<Item = F>) ->
     })
     .await;
     all.into_iter().filter_map(|(_, done)| done).collect()
+}
+
+/// Shims may speak gRPC instead of ttrpc; all else is the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shim_that_speaks_grpc() {
+    if !crate::bench::ready() {
+        return;
+    }
+    let mut bench = Bench::start().await;
+    let shim = tests::binary("containerd-shim-grpc-v2").display().to_string();
+    bench.run("c", &shim, &["sh", "-c", "echo out; exec sleep 1000"]).await;
+    assert_eq!(bench.status("c").await, Status::Running);
+    bench.exec("c", "e", &["sh", "-c", "echo of exec; exit 3"]).await.unwrap();
+    bench.start_process("c", "e").await.unwrap();
+    assert_eq!(bench.wait("c", "e").await.unwrap(), 3);
+    assert_eq!(bench.delete_exec("c", "e").await.unwrap(), 3);
+    refused(bench.start_process("c", "none").await, Code::NotFound);
+    bench.end_engine(nix::sys::signal::Signal::SIGKILL);
+    bench.start_engine().await;
+    assert_eq!(bench.status("c").await, Status::Running);
+    bench.clear("c").await;
+    // When the shim dies, so does the way to it, and the task is cleaned up after.
+    bench.run("d", &shim, &["sleep", "1000"]).await;
+    for pid in bench.shim_pids() {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+    assert_eq!(bench.wait("d", "").await.unwrap(), 137);
+    bench.delete("d").await.unwrap();
+    bench.remove_container("d").await;
+    bench.finish().await;
 }

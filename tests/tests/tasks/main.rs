@@ -1,7 +1,7 @@
 //! The task service end to end: the engine's binary, real shims, real runc, seen from a client.
 //!
 //! `lifecycle`: what a container's life looks like to a client, and the codes it branches on. `restart`: the engine ends
-//! while containers run. `faults`: shims that die, hang, lie; specs that runc refuses; bad input.
+//! while containers run. `sandboxes`: what a pod shares, made by the shim. `faults`: shims that die, hang, lie; specs that runc refuses; bad input.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -9,6 +9,7 @@ mod bench;
 mod faults;
 mod lifecycle;
 mod restart;
+mod sandboxes;
 
 /// Runs a test on a runtime of its own, once for each shim, or says why it cannot.
 macro_rules! with_each_shim {

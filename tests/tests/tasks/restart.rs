@@ -120,7 +120,7 @@ with_each_shim! {
         let stuck: Vec<i32> = bench.shim_pids().into_iter().filter(|pid| cmdline(*pid).contains("\0stuck\0")).collect();
         assert_eq!(stuck.len(), 1);
         bench.end_engine(Signal::SIGKILL);
-        kill(Pid::from_raw(stuck[0]), Signal::SIGSTOP).unwrap();
+        tests::suspend(stuck[0]);
         bench.start_engine().await;
         assert_eq!(bench.status("good").await, Status::Running);
         bench.clear("good").await;
