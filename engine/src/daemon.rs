@@ -16,6 +16,7 @@ use proto::containerd::services as api;
 use proto::containerd::services::introspection::v1::Plugin;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tonic::transport::Server;
 
 use crate::api::{
@@ -98,6 +99,8 @@ pub struct Daemon {
     snapshots: Snapshots,
     streams: Streams,
     tasks: Tasks,
+    /// The tasks of an earlier engine come back.
+    restoring: JoinHandle<()>,
 }
 
 impl Daemon {
@@ -128,9 +131,6 @@ impl Daemon {
             let content_root = opened.root.join("io.containerd.content.v1.content");
             let plugin = opened.content.as_ref();
             let content = Content::open_with(&content_root, metadata.clone(), events.clone(), plugin)?;
-            let snapshots =
-                Snapshots::open(&opened.root, metadata.clone(), events.clone(), &opened.snapshotters)?;
-            let mounts = Mounts::open(&opened.root, &opened.state, metadata.clone())?;
             let diff = Diff::open(content.clone(), opened.root.join("mounts"))?.with(
                 opened.processors.clone(),
                 &opened.differ_order,
@@ -150,12 +150,24 @@ impl Daemon {
                 events.clone(),
                 diff.clone(),
             )?;
+            // Beside the rest: it waits for the shims, which wait for nothing of it.
+            let restoring = {
+                let tasks = tasks.clone();
+                tokio::spawn(async move { tasks.restore().await })
+            };
+            let snapshots =
+                Snapshots::open(&opened.root, metadata.clone(), events.clone(), &opened.snapshotters)?;
+            let mounts = Mounts::open(&opened.root, &opened.state, metadata.clone())?;
             let introspection =
                 Introspection::open(&opened.root, plugins(&opened, &content_root, &snapshots))?;
-            Ok::<_, anyhow::Error>((metadata, events, content, snapshots, mounts, diff, tasks, introspection))
+            Ok::<_, anyhow::Error>((
+                (metadata, events, content, diff, tasks, restoring),
+                (snapshots, mounts, introspection),
+            ))
         })
         .await?
-        .and_then(|(metadata, events, content, snapshots, mounts, diff, tasks, introspection)| {
+        .and_then(|(first, (snapshots, mounts, introspection))| {
+            let (metadata, events, content, diff, tasks, restoring) = first;
             let (gc, scheduler) = Gc::new(
                 config.gc.clone(),
                 metadata.clone(),
@@ -201,6 +213,7 @@ impl Daemon {
                 snapshots,
                 streams: Streams::default(),
                 tasks,
+                restoring,
             })
         })
     }
@@ -216,7 +229,7 @@ impl Daemon {
 
         let shims = tokio::spawn(shim_events::serve(ttrpc.listener, self.tasks.clone()));
         // Before clients are served, so that none sees a container whose task is not there yet.
-        self.tasks.restore().await;
+        self.restoring.await.context("the tasks of an earlier engine were not brought back")?;
         let collector = self.gc.clone();
         let transfers = Transfers::new(
             self.content.clone(),
