@@ -306,23 +306,32 @@ fn make_image(folder: &Path, image: &Path) -> Result<()> {
 /// overlay with other owners goes, too.
 fn probe(root: &Path) -> Result<(Vec<String>, bool)> {
     let folder = root.join("probe");
-    let clear = || {
-        sys::mount::unmount_all(&folder)
-            .and_then(|()| sys::fs::remove_tree(&folder))
-            .map_err(io("remove", &folder))
-    };
+    // An engine that was killed here left its mounts.
+    let clear = || sys::mount::unmount_all(&folder).map_err(io("unmount", &folder));
     clear()?;
-    let tried = probe_in(&folder);
+    // What is there is used again: a disk that is full has no room for another. It may be half of an image.
+    let again = folder.join(IMAGE).exists();
+    let mut tried = probe_in(&folder);
     clear()?;
-    tried.map_err(|error| Error::Unsupported(format!("{} cannot hold erofs layers: {error}", root.display())))
+    if tried.is_err() && again {
+        sys::fs::remove_tree(&folder).map_err(io("remove", &folder))?;
+        tried = probe_in(&folder);
+        clear()?;
+    }
+    tried.map_err(|error| {
+        let _ = sys::fs::remove_tree(&folder);
+        Error::Unsupported(format!("{} cannot hold erofs layers: {error}", root.display()))
+    })
 }
 
 fn probe_in(folder: &Path) -> Result<(Vec<String>, bool)> {
     let path = |name: &str| folder.join(name);
-    for name in ["content", "lower", CONTENT, WORK] {
+    for name in ["content", "lower", CONTENT, WORK, overlay::MERGED] {
         sys::fs::create_dir_all(&path(name), 0o700).map_err(io("create", &path(name)))?;
     }
-    make_image(&path("content"), &path(IMAGE))?;
+    if !path(IMAGE).exists() {
+        make_image(&path("content"), &path(IMAGE))?;
+    }
     // Since 6.12 the kernel mounts a file. A release that counts that as a layer of its own may refuse an overlay on it.
     let mut refused = None;
     for options in [&["ro"][..], &["ro", "loop"]] {
@@ -331,9 +340,10 @@ fn probe_in(folder: &Path) -> Result<(Vec<String>, bool)> {
         let tried =
             image_mount(&path(IMAGE), &options).mount(&lower).map_err(std::io::Error::from).and_then(|()| {
                 let mut mount = overlay::stack(Kind::Active, folder, std::slice::from_ref(&lower), &[], None);
-                sys::mount::Mounted::new(std::slice::from_ref(&mount), folder)?;
+                let merged = path(overlay::MERGED);
+                overlay::try_mount(&mount, &merged)?;
                 mount.options.extend(overlay::PROBE.map(str::to_owned));
-                Ok(sys::mount::Mounted::new(&[mount], folder).is_ok())
+                Ok(overlay::try_mount(&mount, &merged).is_ok())
             });
         sys::mount::unmount_all(&lower).map_err(io("unmount", &lower))?;
         match tried {

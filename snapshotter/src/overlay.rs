@@ -18,6 +18,8 @@ pub(crate) const WORK: &str = "work";
 /// The labels that say how owners are mapped.
 const UIDS: &str = "containerd.io/snapshot/uidmapping";
 const GIDS: &str = "containerd.io/snapshot/gidmapping";
+/// Where probes are mounted, in their folder.
+pub(crate) const MERGED: &str = "merged";
 /// Any mapping, to see whether one goes.
 pub(crate) const PROBE: [&str; 2] = ["uidmap=0:1000:1", "gidmap=0:1000:1"];
 
@@ -164,13 +166,11 @@ pub(crate) fn stack(
 /// Tries a small overlay on the file system of `root`; whether one with other owners goes, too.
 fn probe(root: &Path) -> Result<bool> {
     let folder = root.join("probe");
-    // An engine that was killed here left its mount.
-    sys::mount::unmount_all(&folder)
-        .and_then(|()| sys::fs::remove_tree(&folder))
-        .map_err(io("remove", &folder))?;
+    // An engine that was killed here left its mount. The folders stay: a disk that is full has no room for new ones.
+    sys::mount::unmount_all(&folder).map_err(io("unmount", &folder))?;
     let tried = (|| {
         let mut paths = Vec::new();
-        for name in ["lower", "lower2", "upper", "work"] {
+        for name in ["lower", "lower2", "upper", "work", MERGED] {
             let path = folder.join(name);
             sys::fs::create_dir_all(&path, 0o700)?;
             paths.push(path.display().to_string());
@@ -182,20 +182,25 @@ fn probe(root: &Path) -> Result<bool> {
         ];
         let mut mount =
             Mount { kind: "overlay".into(), source: "overlay".into(), target: String::new(), options };
-        sys::mount::Mounted::new(std::slice::from_ref(&mount), &folder)?;
+        let merged = folder.join(MERGED);
+        try_mount(&mount, &merged)?;
         mount.options.extend(PROBE.map(str::to_owned));
-        Ok(sys::mount::Mounted::new(&[mount], &folder).is_ok())
+        Ok(try_mount(&mount, &merged).is_ok())
     })();
-    let removed = sys::fs::remove_tree(&folder);
-    let remaps = tried.map_err(|error: std::io::Error| {
+    tried.map_err(|error: std::io::Error| {
+        let _ = sys::fs::remove_tree(&folder);
         Error::Unsupported(format!(
             "{} cannot hold overlay layers: {error}; put the root on ext4 or xfs (with d_type), or use the native \
              snapshotter",
             root.display()
         ))
-    })?;
-    removed.map_err(io("remove", &folder))?;
-    Ok(remaps)
+    })
+}
+
+/// Mounts there for a moment.
+pub(crate) fn try_mount(mount: &Mount, at: &Path) -> std::io::Result<()> {
+    mount.mount(at)?;
+    sys::mount::unmount(at)
 }
 
 #[cfg(test)]
@@ -210,12 +215,15 @@ mod tests {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        let left = dir.path().join("probe/mount-1-1");
+        let left = dir.path().join("probe/merged");
         sys::fs::create_dir_all(&left, 0o700).unwrap();
         let kind = "tmpfs".to_owned();
         let mount = Mount { source: kind.clone(), kind, target: String::new(), options: Vec::new() };
         mount.mount(&left).unwrap();
         Overlay::open(dir.path()).unwrap();
-        assert!(sys::mount::mounts_under(dir.path()).unwrap().is_empty() && !left.exists());
+        assert!(sys::mount::mounts_under(dir.path()).unwrap().is_empty());
+        // Again, with the same folders.
+        Overlay::open(dir.path()).unwrap();
+        assert!(sys::mount::mounts_under(dir.path()).unwrap().is_empty());
     }
 }

@@ -125,6 +125,7 @@ impl Metadata {
     pub fn open(dir: &Path) -> std::result::Result<Self, OpenError> {
         let mut reserve = Reserve::of(dir);
         let disk = open_with(dir, &mut reserve)?;
+        reserve.keep_room(&disk.log);
         reserve.take();
         let published = Arc::new(ArcSwap::from_pointee(disk.load()?));
         let (queue, jobs) = mpsc::channel();
@@ -273,6 +274,9 @@ impl Writer {
         let mut writes: Vec<Write> = Vec::new();
         let mut answers = Vec::new();
         let mut wrote = false;
+        if let Some(disk) = &self.disk {
+            self.reserve.keep_room(&disk.log);
+        }
         let may_add = self.reserve.take();
         let mut count = Mutations::default();
         let mut next = Some(first);
@@ -382,12 +386,20 @@ fn batch(writes: &[Write]) -> sled::Batch {
 fn open_with(dir: &Path, reserve: &mut Reserve) -> std::result::Result<Disk, OpenError> {
     match Disk::open(dir) {
         // Another process's lock says nothing of the disk.
-        Err(error) if !matches!(error, OpenError::InUse(_)) && reserve.release() => {
+        Err(error) if !matches!(error, OpenError::InUse(_)) => {
+            if !reserve.release() && !reserve.give_up_room(&log_of(dir)) {
+                return Err(error);
+            }
             tracing::warn!(%error, "the database is opened with the space that is kept for a full disk");
             Disk::open(dir)
         }
         opened => opened,
     }
+}
+
+/// The file that the database writes to.
+fn log_of(dir: &Path) -> PathBuf {
+    dir.join("sled/db")
 }
 
 /// sled, with what it lacks.
@@ -443,8 +455,8 @@ impl Disk {
             .flush_every_ms(None)
             .open()
             .map_err(broken)?;
-        let log_path = path.join("db");
-        let log = File::open(&log_path).map_err(io("open", &log_path))?;
+        let log_path = log_of(dir);
+        let log = File::options().read(true).write(true).open(&log_path).map_err(io("open", &log_path))?;
         let flusher = Flusher::of(&db).map_err(io("start a thread for", &path))?;
         let disk = Disk { flusher, db, log, dir: dir.to_owned(), _lock: lock };
         // Once, so that the names of new files survive a power cut: sled's folder, ours, and our name in the parent.

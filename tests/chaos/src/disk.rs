@@ -48,18 +48,31 @@ impl Disk {
 
     /// Fills it to the last byte with files of nobody's, in a folder of their own; that folder.
     pub(crate) fn fill(&self) -> PathBuf {
-        use std::io::Write as _;
         let folder = self.folder.join("filler");
         fs::create_dir_all(&folder).unwrap();
+        // The engine may give up what it keeps while this goes on.
+        wait_for("the disk to be full", || {
+            self.fill_in(&folder);
+            self.free() < 4096
+        });
+        folder
+    }
+
+    /// Fills what has become free since then, and another time, as many times as it likes.
+    pub(crate) fn fill_more(&self) {
+        self.fill_in(&self.folder.join("filler"));
+    }
+
+    fn fill_in(&self, folder: &Path) {
+        use std::io::Write as _;
         // Large writes first, then small ones for what these left.
         for (number, size) in [1 << 20, 64 << 10, 4096, 1].into_iter().enumerate() {
-            let mut file = File::create(folder.join(number.to_string())).unwrap();
+            let path = folder.join(number.to_string());
+            let mut file = File::options().create(true).append(true).open(path).unwrap();
             let bytes = vec![1_u8; size];
             while file.write_all(&bytes).is_ok() {}
             let _ = file.sync_all();
         }
-        assert!(self.free() < 4096, "{} bytes are free", self.free());
-        folder
     }
 
     fn unmount(&self) -> bool {

@@ -209,11 +209,13 @@ fn full_and_killed() {
     let ctr = host.ctr();
     let filler = disk.fill();
     exhaust(&ctr);
-    for _ in 0..3 {
+    for _ in 0..4 {
         host.kill();
         host.start();
         still_there(&host);
         exhaust(&ctr);
+        // Whoever fills the disk goes on, and takes what the engine has given up.
+        disk.fill_more();
     }
     deletes_work(&host, &disk);
     fs::remove_dir_all(filler).unwrap();
@@ -575,9 +577,14 @@ fn runtime_missing() {
     ctr.ok(&["run", "-d", "--runc-binary", &own_text, image::NAME, "c2", "sleep", "3600"]);
     let away = host.folder().join("away");
     fs::rename(&own, &away).unwrap();
-    let error = ctr.fails(&["tasks", "kill", "-s", "KILL", "c2"]);
+    let error = ctr.fails(&["tasks", "exec", "--exec-id", "e", "c2", "true"]);
     assert!(error.contains("runc-own"), "{error}");
-    assert_eq!(status(&ctr, "c2"), "RUNNING");
+    // A signal needs no runtime; the removal of what it keeps does.
+    ctr.ok(&["tasks", "kill", "-s", "KILL", "c2"]);
+    wait_for("the task to stop", || status(&ctr, "c2") == "STOPPED");
+    let error = ctr.fails(&["tasks", "rm", "c2"]);
+    assert!(error.contains("runc-own"), "{error}");
+    assert_eq!(status(&ctr, "c2"), "STOPPED");
     fs::rename(&away, &own).unwrap();
     remove(&host, &["c2", "well"]);
 }
@@ -585,7 +592,7 @@ fn runtime_missing() {
 fn runtime_fails() {
     let host = started(&["well"]);
     let ctr = host.ctr();
-    for (verb, code) in [("create", 1), ("create", 139), ("start", 1)] {
+    for (verb, code) in [("create", 1), ("create", 139)] {
         let text = format!(
             "case \" $* \" in *\" {verb} \"*) echo 'a runtime that fails' >&2; exit {code};; esac\nexec {RUNC} \"$@\""
         );
@@ -597,6 +604,16 @@ fn runtime_fails() {
         ctr.run(&["containers", "rm", "c1"]);
         assert_eq!(ctr.ok(&["run", "--rm", image::NAME, "c1", "echo", "well"]), "well\n", "{verb} {code}");
     }
+    // One that fails to run something more in a container, which goes on.
+    let text = format!(
+        "case \" $* \" in *\" exec \"*) echo 'a runtime that fails' >&2; exit 1;; esac\nexec {RUNC} \"$@\""
+    );
+    let bad = runtime(&host, "runc-exec", &text).display().to_string();
+    ctr.ok(&["run", "-d", "--runc-binary", &bad, image::NAME, "c2", "sleep", "3600"]);
+    let error = ctr.fails(&["tasks", "exec", "--exec-id", "e", "c2", "true"]);
+    assert!(error.contains("runc-exec"), "{error}");
+    assert_eq!(status(&ctr, "c2"), "RUNNING");
+    remove(&host, &["c2"]);
     // One that fails to delete: the name is not set free by a lie, and is when it works again.
     let flag = host.folder().join("fail");
     let text = format!(
