@@ -59,6 +59,8 @@ pub(crate) struct Facts {
     poststart_hooks: bool,
     /// Whether the runtime's `delete` runs programs, which may want to see the root file system.
     poststop_hooks: bool,
+    /// Whether the kernel ends all of the container with its init.
+    own_pid_namespace: bool,
 }
 
 /// What can be asked of a container.
@@ -162,9 +164,18 @@ impl Container {
         let runtime = Runtime::new(shim.reaper.clone(), &shim.namespace, &request.id, &bundle, &options);
         let id = request.id.clone();
         let (poststart_hooks, poststop_hooks) = (config.has_poststart_hooks(), config.has_poststop_hooks());
-        let facts =
-            Arc::new(Facts { shim, id, bundle, runtime, options, rootfs, poststart_hooks, poststop_hooks });
-        match Self::make(&facts, &request, &config).await {
+        let facts = Arc::new(Facts {
+            shim,
+            id,
+            bundle,
+            runtime,
+            options,
+            rootfs,
+            poststart_hooks,
+            poststop_hooks,
+            own_pid_namespace: config.has_own_pid_namespace(),
+        });
+        match Self::make(&facts, &request).await {
             Ok(made) => Ok(made),
             Err(error) => {
                 // A container that was there before us is someone else's.
@@ -177,7 +188,7 @@ impl Container {
         }
     }
 
-    async fn make(facts: &Arc<Facts>, request: &CreateTaskRequest, config: &Config) -> Result<(Self, u32)> {
+    async fn make(facts: &Arc<Facts>, request: &CreateTaskRequest) -> Result<(Self, u32)> {
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -188,7 +199,6 @@ impl Container {
             image: PathBuf::from(&request.checkpoint),
             parent: request.parent_checkpoint.clone(),
         });
-        let kill_rest = !config.has_own_pid_namespace();
         let mut live = Live::new(stdio, Vec::new());
         let mut running = None;
         if restore.is_none() {
@@ -206,7 +216,7 @@ impl Container {
         facts.publish_created(request, pid);
         let mut actor = Actor {
             facts: Arc::clone(facts),
-            state: State::created(pid, kill_rest),
+            state: State::created(pid, !facts.own_pid_namespace),
             restore,
             cgroup: None,
             lives: HashMap::new(),
@@ -306,7 +316,13 @@ impl Facts {
                 None => Ok(()),
             }
         };
-        let deleted = self.runtime.delete(never_started);
+        let deleted = async {
+            let nothing_else = !never_started && !self.poststop_hooks && self.own_pid_namespace;
+            if nothing_else && trace::span("forget the container", self.runtime.forget()).await {
+                return Ok(());
+            }
+            self.runtime.delete(never_started).await
+        };
         if never_started || self.poststop_hooks {
             deleted.await?;
             unmounted.await?;

@@ -4,6 +4,7 @@
 //! it open: what it prints goes to memory (memfd) and is read when it has exited.
 
 mod failure;
+mod kept;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -186,6 +187,19 @@ impl Runtime {
             Err(error) if error.code == shim_api::Code::NotFound => Ok(()),
             other => other,
         }
+    }
+
+    /// What runc's `delete` consists of for a container without processes or hooks, without the start of a program: its control
+    /// groups go, and its folder. False where it is not known to be so, and where anything is not as it should be: then `delete`
+    /// does what is left, and knows what to say.
+    pub(crate) async fn forget(&self) -> bool {
+        // What stands in for runc may keep more of a container, and systemd does.
+        if self.systemd_cgroup || self.binary.file_name() != Some(OsStr::new(DEFAULT_BINARY)) {
+            return false;
+        }
+        let folder = self.root.join(&self.id);
+        let forgotten = tokio::task::spawn_blocking(move || kept::remove(&folder)).await;
+        matches!(forgotten, Ok(Ok(true)))
     }
 
     pub(crate) async fn pause(&self) -> Result<()> {
