@@ -6,8 +6,9 @@ use proto::containerd::services::leases::v1::{CreateRequest, DeleteRequest};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tonic::Code;
 
-use crate::client::{Client, Tried};
+use crate::client::{Client, Tried, code_of};
 use crate::transfer::Interrupted;
 
 /// How long a lease lives when ctr dies before it ends it.
@@ -34,7 +35,12 @@ pub(crate) async fn within<T, F: Future<Output = anyhow::Result<T>>>(
     // What is half made has no name yet: without the lease it goes with the next collection.
     let result = unless_interrupted(work(leased)).await;
     let ended = client.leases().delete(DeleteRequest { id: id.clone(), sync: false }).await;
-    match (result, ended.tried(|| format!("delete lease {id}"))) {
+    let ended = match ended.tried(|| format!("delete lease {id}")) {
+        // It has expired by the engine's clock, or somebody was quicker.
+        Err(error) if code_of(&error) == Some(Code::NotFound) => Ok(()),
+        ended => ended,
+    };
+    match (result, ended) {
         (Ok(value), Ok(())) => Ok(value),
         (Ok(_), Err(error)) | (Err(error), _) => Err(error),
     }
