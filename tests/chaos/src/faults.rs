@@ -11,14 +11,17 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use harness::client::{Ctr, channel, finish, in_namespace};
+use harness::cri::{Node, container, idle, shell};
 use harness::host::{Host, Kind, RUNC, STOCK_CTR};
 use harness::image::{self, BUSYBOX, Layer};
+use harness::network::{IP, IPTABLES, PLUGINS};
 use harness::registry::{done, noise};
 use harness::{LIMIT, left, ready, wait_for};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use proto::containerd::services::leases::v1::CreateRequest;
 use proto::containerd::services::leases::v1::leases_client::LeasesClient;
+use proto::runtime::v1::{ContainerState, PodSandboxState};
 
 use crate::check;
 use crate::disk::{Disk, MKFS};
@@ -38,7 +41,8 @@ type Case = (&'static str, &'static [&'static str], fn());
 pub(crate) fn all(run: &mut Run) {
     let usual: &'static [&'static str] = &[STOCK_CTR, RUNC, BUSYBOX];
     let disks: &'static [&'static str] = &[STOCK_CTR, RUNC, BUSYBOX, MKFS, "/usr/bin/mount"];
-    let cases: [Case; 16] = [
+    let pods: &'static [&'static str] = &[STOCK_CTR, RUNC, BUSYBOX, IP, IPTABLES, PLUGINS];
+    let cases: [Case; 17] = [
         ("disk-full-of-data", disks, full_of_data),
         ("disk-full-for-metadata", disks, full_for_metadata),
         ("disk-full-and-killed", disks, full_and_killed),
@@ -55,6 +59,7 @@ pub(crate) fn all(run: &mut Run) {
         ("clients-that-drop", usual, clients_that_drop),
         ("descriptors-exhausted", usual, descriptors_exhausted),
         ("out-of-memory", usual, out_of_memory),
+        ("out-of-memory-in-a-pod", pods, out_of_memory_in_a_pod),
     ];
     for (name, programs, case) in cases {
         let name = format!("fault/{name}");
@@ -785,6 +790,48 @@ fn out_of_memory() {
     works(&host);
     wait_for("both to be told of", || host.log().matches("topic=/tasks/oom").count() >= 2);
     remove(&host, &["c1", "well"]);
+}
+
+/// A pod whose group has the limit, made as the kubelet makes it.
+fn out_of_memory_in_a_pod() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let node = Node::start(Kind::Gantry).await;
+        let group = format!("{}/limited", node.host.namespace);
+        let root = Path::new("/sys/fs/cgroup");
+        let (folder, file) = match root.join("memory").is_dir() {
+            true => (root.join("memory").join(&group), "memory.limit_in_bytes"),
+            false => (root.join(&group), "memory.max"),
+        };
+        if file == "memory.max" {
+            fs::create_dir_all(folder.parent().unwrap()).unwrap();
+            fs::write(folder.parent().unwrap().join("cgroup.subtree_control"), "+memory").unwrap();
+        }
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join(file), "67108864").unwrap();
+        let mut config = node.pod("limited");
+        config.linux.as_mut().unwrap().cgroup_parent = format!("/{group}");
+        let (limited, other) = (node.run_pod(config).await, node.run_pod(node.pod("other")).await);
+        let others = [node.run(&limited, &idle("waits")).await, node.run(&other, &idle("well")).await];
+        let hungry = node.run(&limited, &container("hungry", &["tail", "/dev/zero"])).await;
+        let status = node.ended(&hungry).await;
+        assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"), "{status:?}");
+        // It is the one that took it that goes, and the pod goes on.
+        for id in &others {
+            assert_eq!(node.status(id).await.state(), ContainerState::ContainerRunning);
+        }
+        assert_eq!(node.pod_status(&limited.id).await.state(), PodSandboxState::SandboxReady);
+        assert_eq!(node.run_to_end(&limited, shell("again", "echo well")).await.stdout, "well\n");
+        for pod in [limited, other] {
+            node.remove_pod(&pod.id).await;
+        }
+        // The kubelet's own, in every hierarchy.
+        for hierarchy in fs::read_dir(root).unwrap().flatten().map(|entry| entry.path()).chain([root.into()])
+        {
+            let _ = fs::remove_dir(hierarchy.join(&group));
+        }
+        node.assert_nothing_left();
+    });
 }
 
 fn clock_jumps() {
