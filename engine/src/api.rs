@@ -36,14 +36,3 @@ fn required<T>(message: Option<T>, name: &str) -> Result<T> {
 fn mask(mask: Option<prost_types::FieldMask>) -> Vec<String> {
     mask.map(|mask| mask.paths).unwrap_or_default()
 }
-
-/// A platform of a request.
-fn platform(wanted: proto::containerd::types::Platform) -> oci::Platform {
-    oci::Platform {
-        architecture: wanted.architecture,
-        os: wanted.os,
-        os_version: wanted.os_version,
-        os_features: wanted.os_features,
-        variant: wanted.variant,
-    }
-}

@@ -320,7 +320,7 @@ impl Platforms {
 }
 
 /// A platform of a request.
-fn platform(wanted: types::Platform) -> oci::Platform {
+pub(crate) fn platform(wanted: types::Platform) -> oci::Platform {
     oci::Platform {
         architecture: wanted.architecture,
         os: wanted.os,

@@ -21,7 +21,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use rustix::fs::FallocateFlags;
@@ -283,23 +283,8 @@ impl Store {
     /// where there are folders, records there were.
     pub(crate) fn open(root: &Path, taken: u64) -> Result<Self> {
         let lock_path = root.join("lock");
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&lock_path)
-            .map_err(io("open", &lock_path))?;
-        let deadline = Instant::now() + FORK_LIMIT;
-        loop {
-            match lock.try_lock() {
-                Ok(()) => break,
-                Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(2));
-                }
-                Err(fs::TryLockError::WouldBlock) => return Err(Error::InUse(root.to_owned())),
-                Err(fs::TryLockError::Error(source)) => return Err(io("lock", &lock_path)(source)),
-            }
-        }
+        let lock = sys::fs::lock(&lock_path, FORK_LIMIT).map_err(io("lock", &lock_path))?;
+        let lock = lock.ok_or_else(|| Error::InUse(root.to_owned()))?;
         let path = root.join("journal");
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,

@@ -57,12 +57,6 @@ fn importer(host: &Host) -> Ctr {
     if host.kind == Kind::Gantry { host.ctr() } else { host.stock_ctr() }
 }
 
-/// Has what nothing holds removed, as every engine does at the end of a lease when told so.
-fn collect(ctr: &Ctr) {
-    ctr.ok(&["leases", "create", "--id", "collect"]);
-    ctr.ok(&["leases", "rm", "--sync", "collect"]);
-}
-
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
 }
@@ -189,7 +183,7 @@ fn an_image_is_mounted(host: &Host) {
     assert!(fs::write(point.join("etc/written"), "x").is_err(), "it is read-only");
     assert_eq!(ctr.ok(&["leases", "ls", "-q"]).trim(), at);
     // A collection leaves what is mounted.
-    collect(&ctr);
+    host.collect();
     assert!(snapshots().lines().any(|key| key == at));
     let open = fs::File::open(point.join("etc/passwd")).unwrap();
     assert!(ctr.fails(&["images", "unmount", "--rm", at]).contains("in use"));
@@ -250,7 +244,7 @@ fn an_image_is_converted(host: &Host) {
     assert_eq!(layers(host, result), plain);
     assert_eq!(converted["layers"][0]["size"], image::base_layer().len());
     ctr.ok(&["images", "rm", source]);
-    collect(&ctr);
+    host.collect();
     assert!(!ctr.ok(&["content", "ls", "-q"]).contains(digest.trim()));
     assert!(host.stock_ctr().ok(&["images", "check", &format!("name=={result}")]).contains("complete (3/3)"));
     // Unpacked from the converted layers: this snapshotter has none of them.
@@ -264,7 +258,7 @@ fn an_image_is_converted(host: &Host) {
     assert_eq!(index["manifests"].as_array().unwrap().len(), 1, "{index}");
     let manifest = document(host, index["manifests"][0]["digest"].as_str().unwrap());
     assert_eq!(manifest["layers"][0]["mediaType"], "application/vnd.oci.image.layer.v1.tar");
-    collect(&ctr);
+    host.collect();
     assert!(ctr.ok(&["images", "check", "name==plain-index"]).contains("complete (3/3)"));
     // What fails leaves neither name nor lease, and what had the name keeps it.
     let names = ctr.ok(&["images", "ls", "-q"]);
@@ -318,7 +312,7 @@ fn the_blobs_of_layers_are_let_go(host: &Host) {
     let ctr = host.ctr();
     ctr.ok(&["containers", "create", NAME, "c", "true"]);
     // The archive's own index goes first, which nothing holds.
-    collect(&ctr);
+    host.collect();
     // A container does without them once they are unpacked.
     let all = ctr.ok(&["content", "ls", "-q"]);
     let dry = ctr.ok(&["content", "prune", "references", "--dry"]);
@@ -339,7 +333,7 @@ fn the_blobs_of_layers_are_let_go(host: &Host) {
     ctr.ok(&["images", "rm", "--sync", NAME]);
     let archive = host.folder().join("busybox.tar");
     ctr.ok(&["images", "import", "--discard-unpacked-layers", "--sync-fs", archive.to_str().unwrap()]);
-    collect(&ctr);
+    host.collect();
     let check = ctr.ok(&["images", "check"]);
     assert!(check.contains("incomplete (1/3)") && check.contains("true"), "{check}");
     assert_eq!(ctr.ok(&["run", "--rm", NAME, "d", "echo", "runs"]), "runs\n");

@@ -34,12 +34,6 @@ fn run(kind: Kind, test: fn(&Host)) {
     }
 }
 
-/// Has what nothing holds removed, as every engine does at the end of a lease when told so.
-fn collect(ctr: &Ctr) {
-    ctr.ok(&["leases", "create", "--id", "collect"]);
-    ctr.ok(&["leases", "rm", "--sync", "collect"]);
-}
-
 /// A table's words, without the blanks that align them.
 fn words(table: &str) -> Vec<Vec<&str>> {
     table.lines().map(|line| line.split_whitespace().collect()).collect()
@@ -186,11 +180,11 @@ fn what_changed_is_a_layer(host: &Host) {
         "old\n"
     );
     // Nothing is kept of it, unless it is to be.
-    collect(&ctr);
+    host.collect();
     let content = ctr.ok(&["content", "ls", "-q"]);
     bytes(&ctr, &["snapshots", "diff", "--keep", "--label", "made=here", "--ref", "mine", "c"]);
     bytes(&ctr, &["snapshots", "diff", base, "c"]);
-    collect(&ctr);
+    host.collect();
     let now = ctr.ok(&["content", "ls", "-q"]);
     assert_eq!(now.lines().count(), content.lines().count() + 1, "{now}");
     let kept = ctr.ok(&["content", "ls", "-q", "labels.made==here"]);

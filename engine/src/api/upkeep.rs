@@ -48,7 +48,7 @@ impl api::images_server::Images for Service {
         let conversion = Conversion {
             source: request.source,
             target: request.target,
-            platforms: request.platforms.into_iter().map(super::platform).collect(),
+            platforms: request.platforms.into_iter().map(crate::transfer::platform).collect(),
             all_platforms: request.all_platforms,
             oci: request.oci,
             compression,

@@ -6,7 +6,7 @@
 //! may wait for ever for a write that failed (flush.rs); and after a failed write it stays failed (so it is closed and opened
 //! again, which drops what was never acknowledged).
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -385,9 +385,12 @@ fn batch(writes: &[Write]) -> sled::Batch {
 /// Opens the database, with what is kept for a full disk if that is what it takes.
 fn open_with(dir: &Path, reserve: &mut Reserve) -> std::result::Result<Disk, OpenError> {
     match Disk::open(dir) {
-        // Another process's lock says nothing of the disk.
-        Err(error) if !matches!(error, OpenError::InUse(_)) => {
-            if !reserve.release() && !reserve.give_up_room(&log_of(dir)) {
+        // Another process's lock says nothing of the disk, and a log that is damaged is left as it is.
+        Err(error) if !matches!(error, OpenError::InUse(_)) && reserve.is_disk_full() => {
+            // Nobody writes to the log while it lets go of what is behind its end.
+            let given_up = reserve.release()
+                || (await_release(&log_of(dir)).is_ok() && reserve.give_up_room(&log_of(dir)));
+            if !given_up {
                 return Err(error);
             }
             tracing::warn!(%error, "the database is opened with the space that is kept for a full disk");
@@ -421,23 +424,8 @@ impl Disk {
         };
         fs::create_dir_all(dir).map_err(io("create the folder", dir))?;
         let lock_path = dir.join("lock");
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&lock_path)
-            .map_err(io("open", &lock_path))?;
-        let deadline = Instant::now() + FORK_LIMIT;
-        loop {
-            match lock.try_lock() {
-                Ok(()) => break,
-                Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(2));
-                }
-                Err(fs::TryLockError::WouldBlock) => return Err(OpenError::InUse(dir.to_owned())),
-                Err(fs::TryLockError::Error(source)) => return Err(io("lock", &lock_path)(source)),
-            }
-        }
+        let lock = sys::fs::lock(&lock_path, FORK_LIMIT).map_err(io("lock", &lock_path))?;
+        let lock = lock.ok_or_else(|| OpenError::InUse(dir.to_owned()))?;
         let path = dir.join("sled");
         for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
             let name = entry.file_name();
@@ -448,7 +436,7 @@ impl Disk {
             }
         }
         let broken = |error: sled::Error| OpenError::Broken { path: path.clone(), why: error.to_string() };
-        await_release(&path.join("db")).map_err(io("lock", &path))?;
+        await_release(&log_of(dir)).map_err(io("lock", &path))?;
         let db = sled::Config::default()
             .path(&path)
             .cache_capacity(CACHE_BYTES)

@@ -122,7 +122,7 @@ impl Reserve {
         }
     }
 
-    fn is_disk_full(&self) -> bool {
+    pub(super) fn is_disk_full(&self) -> bool {
         self.room() < FULL
     }
 

@@ -1,6 +1,6 @@
 //! What runc keeps of a container: `<root>/<id>/state.json`, which names its control groups.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ struct State {
     rootless: bool,
     intel_rdt_path: String,
     /// By controller.
-    cgroup_paths: std::collections::BTreeMap<String, PathBuf>,
+    cgroup_paths: BTreeMap<String, PathBuf>,
 }
 
 /// Removes the control groups of a container that has no process left, and then its folder. False when runc keeps more of it than
